@@ -1,0 +1,349 @@
+"""What travels between the processes: messages as msgspec structs, arrays as raw frames beside them.
+
+A message is one msgpack header and any number of buffers. Arrays never enter the header: `encode` puts each into a
+frame of its own and leaves (dtype, shape, frame number) behind, so a group of many thousand tokens costs
+microseconds to decode. `SCHEMA_VERSION` is checked at every hello and in every ledger, tap and checkpoint.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from rewards.verdict import Verdict
+
+SCHEMA_VERSION = 1
+DTYPES = frozenset({"<i4", "<i8", "<f4", "<f8", "|u1", "|b1"})  # what an array on the wire may be
+
+Kind = Literal["train", "eval", "probe"]
+Finish = Literal["stop", "length"]
+End = Literal["trained", "filtered", "failed", "expired"]
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How completions are drawn. `top_p` below 1 or `top_k` above 0 are for evaluation only."""
+
+    temperature: float
+    max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One task: its tokens for the generator; its text, answer and fields for the reward."""
+
+    domain: str
+    index: int  # place in the domain's data
+    token_ids: np.ndarray  # int32 [P]
+    text: str
+    answer: str
+    fields: dict[str, Any] = {}
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """A group handed to one generator: `num_samples` completions of one prompt. `version` is the lease's, not a
+    token's: the newest applied version when it was granted. Random numbers are keyed by (seed, group_id, sample,
+    position), so a second attempt at the same weights gives the same tokens."""
+
+    kind: Kind
+    group_id: int
+    attempt: int
+    version: int
+    seed: int
+    num_samples: int
+    prompt: Prompt
+    sampling: Sampling
+
+
+class Group(msgspec.Struct, frozen=True):
+    """A finished lease. The completions lie flat one after the other; `lengths[i]` tokens belong to sample i.
+
+    token_ids int32 [T]; logprobs float32 [T], log softmax(logits / temperature) of each sampled token under the
+    weights that sampled it; versions int32 [T], that weight version; loss_mask uint8 [T], 0 for tokens that the
+    policy did not choose (observations); T = sum(lengths).
+    """
+
+    kind: Kind
+    group_id: int
+    attempt: int
+    incarnation: int
+    generator: str
+    domain: str
+    lease_version: int
+    temperature: float
+    prompt_ids: np.ndarray  # int32 [P]
+    lengths: list[int]
+    finish: list[Finish]
+    verdicts: list[Verdict]
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+    loss_mask: np.ndarray
+    kv_mixed: bool = False  # the KV cache held entries of an older version while tokens were sampled
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def first_version(self) -> int:
+        """The oldest version among the group's tokens; the lease's where it has none."""
+        return int(self.versions.min()) if len(self.versions) else self.lease_version
+
+
+# ---- generator -> coordinator ----------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """A generator asks to join."""
+
+    schema_version: int
+    generator: str
+    host: str
+    pid: int
+
+
+class Request(msgspec.Struct, tag=True, frozen=True):
+    """How many groups the generator could start now; replaces its earlier request."""
+
+    num_groups: int
+
+
+class Applied(msgspec.Struct, tag=True, frozen=True):
+    """The generator samples with `version` from its next decode step on."""
+
+    incarnation: int
+    version: int
+    stage_s: float  # seconds spent copying and verifying, while sampling went on
+    pause_s: float  # seconds in which no token was sampled
+
+
+class Heartbeat(msgspec.Struct, tag=True, frozen=True):
+    """Sent at a fixed interval: the leases held, and counters since the generator started."""
+
+    held: list[tuple[str, int, int]]  # kind, group_id, attempt
+    generated_tokens: int
+    busy_s: float
+    idle_s: float
+
+
+class Result(msgspec.Struct, tag=True, frozen=True):
+    """A finished group; sent again until acknowledged."""
+
+    group: Group
+
+
+class Failure(msgspec.Struct, tag=True, frozen=True):
+    """The generator gives a lease back: it could not be sampled."""
+
+    kind: Kind
+    group_id: int
+    attempt: int
+    reason: str
+
+
+class Bye(msgspec.Struct, tag=True, frozen=True):
+    """The generator leaves; its leases go back to the pool."""
+
+
+# ---- coordinator -> generator ----------------------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, tag=True, frozen=True):
+    """Everything a generator needs to start: the resolved configuration, the model's small files, the address of
+    the weights."""
+
+    schema_version: int
+    incarnation: int
+    config: str  # TOML
+    files: dict[str, bytes]  # tokenizer and model configuration, by file name
+    segment: str  # name of the shared-memory segment
+    host: str  # where that segment is
+    weights_port: int  # serves the same bytes over TCP to other hosts
+
+
+class Leases(msgspec.Struct, tag=True, frozen=True):
+    incarnation: int
+    leases: list[Lease]
+
+
+class Ack(msgspec.Struct, tag=True, frozen=True):
+    """The group is on disk in the tap and the ledger, or was refused for good (`reason`); do not send it again."""
+
+    kind: Kind
+    group_id: int
+    attempt: int
+    reason: str = ""
+
+
+class Publish(msgspec.Struct, tag=True, frozen=True):
+    """A new version lies ready; supersedes an earlier one not yet applied."""
+
+    incarnation: int
+    version: int
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """The job ended or refuses the generator."""
+
+    reason: str
+    refused: bool = False
+
+
+# ---- learner -> coordinator ------------------------------------------------------------------------------------
+
+
+class Take(msgspec.Struct, tag=True, frozen=True):
+    """Rank 0 wants the next `num_groups` groups to train at `version`."""
+
+    num_groups: int
+    version: int
+
+
+class Trained(msgspec.Struct, tag=True, frozen=True):
+    """A take became `version`: `end` is `trained`, or `failed` where the update was skipped (`reason`)."""
+
+    version: int
+    group_ids: list[int]
+    end: End
+    reason: str = ""
+    expired_ids: list[int] = []
+
+
+class Published(msgspec.Struct, tag=True, frozen=True):
+    """The weights of `version` lie complete in the segment; `digest` is their xxh3-64."""
+
+    version: int
+    digest: str
+
+
+class Save(msgspec.Struct, tag=True, frozen=True):
+    """Write the coordinator's part of a checkpoint (cursor, frontier, buffered groups) to `path`."""
+
+    path: str
+    step: int
+
+
+class Evaluate(msgspec.Struct, tag=True, frozen=True):
+    """Sample the held-out prompts; the answer `Evaluated` comes when all are scored."""
+
+    name: str
+    kind: Kind = "eval"
+
+
+class Poll(msgspec.Struct, tag=True, frozen=True):
+    """Asks for the finished evaluations and the state, without waiting."""
+
+
+class Finish_(msgspec.Struct, tag="Finish", frozen=True):
+    """The job is over: stop the generators, close the ledger."""
+
+    reason: str
+
+
+# ---- coordinator -> learner ------------------------------------------------------------------------------------
+
+
+class Score(msgspec.Struct, frozen=True):
+    """avg@k of one domain: mean over prompts of the share of solved completions, with its standard error."""
+
+    accuracy: float
+    stderr: float
+    reward: float
+    num_prompts: int
+    num_completions: int
+    num_invalid: int
+    mean_length: float
+
+
+class Evaluation(msgspec.Struct, frozen=True):
+    name: str
+    first_version: int
+    last_version: int
+    wall_s: float
+    scores: dict[str, Score]  # by domain, and "all"
+
+
+class State(msgspec.Struct, frozen=True):
+    """The coordinator at one moment; `ends` counts groups by end, with `in_flight` and `drawn`."""
+
+    ends: dict[str, int]
+    free_tickets: int
+    buffered_groups: int
+    leased_groups: int
+    generators: dict[str, int]  # name -> applied version
+    generated_tokens: int
+    generator_busy_s: float
+    generator_idle_s: float
+    completed_evaluations: list[Evaluation] = []
+
+
+class Taken(msgspec.Struct, tag=True, frozen=True):
+    """The groups of one take, oldest ticket first; `queue_s` is each one's wait between arrival and take."""
+
+    groups: list[Group]
+    queue_s: list[float]
+    arrival_versions: list[int]  # the learner's version when each arrived: splits lag into in-flight and in-queue
+    state: State
+
+
+class Probed(msgspec.Struct, tag=True, frozen=True):
+    """Fresh completions for the parity check."""
+
+    groups: list[Group]
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """The request before this one was carried out."""
+
+    state: State
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    """The request could not be carried out; the job cannot go on."""
+
+    reason: str
+
+
+FromGenerator = Hello | Request | Applied | Heartbeat | Result | Failure | Bye
+ToGenerator = Welcome | Leases | Ack | Publish | Stop
+FromLearner = Take | Trained | Published | Save | Evaluate | Poll | Finish_
+ToLearner = Taken | Probed | Done | Refused
+
+
+# ---- binary form -----------------------------------------------------------------------------------------------
+
+
+def encode(message: Any) -> list[Any]:
+    """`message` as frames: the msgpack header, then one buffer an array (not copied where it lies contiguous)."""
+    frames: list[Any] = [b""]
+
+    def lift(value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"a {type(value).__name__} cannot travel: {value!r}")
+        if value.dtype.str not in DTYPES:
+            raise TypeError(f"an array of {value.dtype} cannot travel; allowed: {', '.join(sorted(DTYPES))}")
+        frames.append(np.ascontiguousarray(value).data)
+        return [value.dtype.str, list(value.shape), len(frames) - 1]
+
+    frames[0] = msgspec.msgpack.encode(message, enc_hook=lift)
+    return frames
+
+
+def decode(frames: list[Any], kind: Any) -> Any:
+    """The message of type `kind` that `frames` hold. Arrays are read-only views of the frames.
+
+    Raises `msgspec.ValidationError` for a header that does not fit `kind`, an unknown dtype or a frame of the wrong
+    size.
+    """
+
+    def land(expected: type, value: Any) -> Any:
+        if expected is not np.ndarray:
+            raise NotImplementedError(expected)
+        dtype, shape, number = value
+        if dtype not in DTYPES:
+            raise ValueError(f"an array of {dtype} on the wire")
+        return np.frombuffer(frames[number], dtype=dtype).reshape(shape)
+
+    return msgspec.msgpack.decode(frames[0], type=kind, dec_hook=land)
