@@ -115,12 +115,12 @@ class Learner(Struct, kw_only=True):
 class Algorithm(Struct):
     """A method is a composition of slots; see engine/algorithms."""
 
-    advantage: Slot = {"name": "group_norm"}
-    correction: Slot = {"name": "none"}
-    loss: Slot = {"name": "ppo_clip"}
-    aggregate: Slot = {"name": "token_mean"}
+    advantage: Slot = msgspec.field(default_factory=lambda: {"name": "group_norm"})
+    correction: Slot = msgspec.field(default_factory=lambda: {"name": "none"})
+    loss: Slot = msgspec.field(default_factory=lambda: {"name": "ppo_clip"})
+    aggregate: Slot = msgspec.field(default_factory=lambda: {"name": "token_mean"})
     penalties: list[Slot] = []
-    kl: Slot = {"name": "k3", "coefficient": 0.0}
+    kl: Slot = msgspec.field(default_factory=lambda: {"name": "k3", "coefficient": 0.0})
     entropy: float = 0.0
     filter_uniform: bool = True  # groups whose rewards are all equal are not trained
 
