@@ -184,6 +184,10 @@ class Publish(msgspec.Struct, tag=True, frozen=True):
     version: int
 
 
+class Beat(msgspec.Struct, tag=True, frozen=True):
+    """The answer to a heartbeat: the coordinator is alive."""
+
+
 class Stop(msgspec.Struct, tag=True, frozen=True):
     """The job ended or refuses the generator."""
 
@@ -226,18 +230,20 @@ class Save(msgspec.Struct, tag=True, frozen=True):
 
 
 class Evaluate(msgspec.Struct, tag=True, frozen=True):
-    """Sample the held-out prompts; the answer `Evaluated` comes when all are scored."""
+    """Sample held-out prompts. With `wait` the answer (`Evaluated` or `Probed`) comes when all are scored; without it
+    the result comes in a later `State`."""
 
     name: str
     kind: Kind = "eval"
+    wait: bool = False
 
 
 class Poll(msgspec.Struct, tag=True, frozen=True):
-    """Asks for the finished evaluations and the state, without waiting."""
+    """Asks for the state (`Done`)."""
 
 
-class Finish_(msgspec.Struct, tag="Finish", frozen=True):
-    """The job is over: stop the generators, close the ledger."""
+class Finished(msgspec.Struct, tag=True, frozen=True):
+    """The learner is done: stop the generators, close the ledger."""
 
     reason: str
 
@@ -279,6 +285,16 @@ class State(msgspec.Struct, frozen=True):
     completed_evaluations: list[Evaluation] = []
 
 
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The coordinator's first message: generators may join at `address`."""
+
+    address: str
+
+
+class Evaluated(msgspec.Struct, tag=True, frozen=True):
+    evaluation: Evaluation
+
+
 class Taken(msgspec.Struct, tag=True, frozen=True):
     """The groups of one take, oldest ticket first; `queue_s` is each one's wait between arrival and take."""
 
@@ -307,9 +323,9 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 FromGenerator = Hello | Request | Applied | Heartbeat | Result | Failure | Bye
-ToGenerator = Welcome | Leases | Ack | Publish | Stop
-FromLearner = Take | Trained | Published | Save | Evaluate | Poll | Finish_
-ToLearner = Taken | Probed | Done | Refused
+ToGenerator = Welcome | Leases | Ack | Beat | Publish | Stop
+FromLearner = Take | Trained | Published | Save | Evaluate | Poll | Finished
+ToLearner = Ready | Taken | Evaluated | Probed | Done | Refused
 
 
 # ---- binary form -----------------------------------------------------------------------------------------------

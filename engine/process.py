@@ -1,0 +1,136 @@
+"""Child processes: they die with their parent, their death is an event, and a supervisor may start them again."""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+PARENT = "LEEWAY_PARENT"  # environment: the pid whose death ends this process
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
+LONGEST_BACK_OFF_S = 30.0
+
+
+class ProcessDied(RuntimeError):
+    """A process that the job cannot do without has ended."""
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this process when its parent dies, however that happens (`kill -9` included).
+
+    A parent that died before this call is noticed by the pid it left in the environment.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    expected = os.environ.get(PARENT)
+    if expected is not None and os.getppid() != int(expected):
+        os._exit(1)
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """The environment of a child that is no torchrun rank, with `threads` threads for its numerical libraries."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in TORCHRUN and not key.startswith(TORCHRUN_PREFIXES)
+    }
+    root = str(Path(__file__).resolve().parent.parent)
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, (root, kept.get("PYTHONPATH"))))
+    kept["OMP_NUM_THREADS"] = str(threads)
+    kept[PARENT] = str(os.getpid())
+    return kept
+
+
+class Child:
+    """One child process running `python -m module arguments`; its output goes to `log`."""
+
+    def __init__(self, name: str, module: str, arguments: list[str], log: Path, threads: int = 1):
+        self.name = name
+        self.log = log
+        with log.open("ab") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                env=child_environment(threads),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which stops its children in order
+            )
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def wait(self, timeout_s: float | None) -> int | None:
+        """The exit code, or None after `timeout_s` seconds."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def died(self) -> ProcessDied:
+        """What to raise when this child has ended: who, how, and its last words."""
+        words = self.log.read_text(errors="replace").strip().splitlines()
+        last = words[-1] if words else "it wrote nothing"
+        return ProcessDied(f"{self.name} (pid {self.pid}) ended with code {self.wait(5.0)}: {last} (log: {self.log})")
+
+    def stop(self, timeout_s: float) -> None:
+        """SIGTERM, then SIGKILL after `timeout_s` seconds; returns when it is gone."""
+        if self.exit_code() is None:
+            self._process.terminate()
+            if self.wait(timeout_s) is None:
+                self._process.kill()
+                self._process.wait()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class Supervisor(threading.Thread):
+    """Keeps one child running: started again with growing back-off when it dies, until it ends with code 0 or
+    `stop` is called. `restarts` counts its deaths."""
+
+    def __init__(self, name: str, module: str, arguments: list[str], log: Path, threads: int):
+        super().__init__(name=f"supervisor of {name}", daemon=True)
+        self._spawn = lambda: Child(name, module, arguments, log, threads)
+        self._halt_read, self._halt_write = os.pipe()
+        self.restarts = 0
+        self.child: Child | None = None
+
+    def run(self) -> None:
+        back_off_s = 0.5
+        while True:
+            # Spawned by this thread, whose end would kill the child: so the thread outlives it.
+            self.child = self._spawn()
+            started = time.monotonic()
+            halted = self._wait(self.child.pidfd, None)
+            if halted or self.child.exit_code() == 0:
+                return
+            self.restarts += 1
+            back_off_s = 0.5 if time.monotonic() - started > 60 else min(2 * back_off_s, LONGEST_BACK_OFF_S)
+            if self._wait(-1, back_off_s):
+                return
+
+    def _wait(self, pidfd: int, timeout_s: float | None) -> bool:
+        """Waits for the child's end or a call of `stop`; True for the latter."""
+        watched = [self._halt_read] + ([pidfd] if pidfd >= 0 else [])
+        return self._halt_read in select.select(watched, [], [], timeout_s)[0]
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the child and the supervision."""
+        child = self.child
+        if child is not None:
+            child.stop(timeout_s)
+        os.write(self._halt_write, b".")
+        self.join(timeout_s)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,173 @@
+"""How messages travel: ZeroMQ sockets with deadlines, and the tap that records arrivals.
+
+`Hub` is the coordinator's end (ROUTER), `Link` a peer's (DEALER). Every wait takes a deadline and watches the
+processes that it depends on, so that nothing waits for a dead peer. Messages that must not be lost are kept by
+their sender until acknowledged, so delivery is at least once and receivers are idempotent.
+"""
+
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from engine.process import Child
+from engine.schema import SCHEMA_VERSION, Group, decode, encode
+
+
+class Silence(TimeoutError):
+    """A peer did not answer within its deadline."""
+
+
+def _socket(kind: int) -> zmq.Socket:
+    socket = zmq.Context.instance().socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)  # bounded by tickets and by acknowledgement, not by the socket
+    socket.setsockopt(zmq.RCVHWM, 0)
+    return socket
+
+
+class Link:
+    """A peer's end of the connection to the coordinator."""
+
+    def __init__(self, incoming: Any, *, connect: str = "", identity: str = ""):
+        """Connects to `connect`, or binds a free port of the loopback interface where that is empty. Messages are
+        decoded as `incoming`."""
+        self.socket = _socket(zmq.DEALER)
+        self._incoming = incoming
+        if identity:
+            self.socket.setsockopt(zmq.IDENTITY, identity.encode())
+        if connect:
+            self.socket.connect(connect)
+            self.address = connect
+        else:
+            self.address = f"tcp://127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
+
+    def send(self, message: Any) -> None:
+        self.socket.send_multipart(encode(message), copy=False)
+
+    def drain(self) -> Iterator[Any]:
+        """Every message that has arrived, without waiting."""
+        while self.socket.poll(0):
+            yield decode([frame.buffer for frame in self.socket.recv_multipart(copy=False)], self._incoming)
+
+    def receive(self, timeout_s: float, phase: str, watch: Iterable[Child] = ()) -> Any:
+        """The next message. Raises `Silence` after `timeout_s` and `ProcessDied` when a watched child has ended;
+        both name `phase`."""
+        poller = zmq.Poller()
+        poller.register(self.socket, zmq.POLLIN)
+        children = {child.pidfd: child for child in watch}
+        for pidfd in children:
+            poller.register(pidfd, zmq.POLLIN)
+        ready = dict(poller.poll(timeout_s * 1000))
+        if self.socket in ready:
+            return next(self.drain())
+        for pidfd in ready:
+            raise children[pidfd].died()
+        raise Silence(f"{phase}: no answer for {timeout_s:g} s")
+
+    def close(self) -> None:
+        self.socket.close(linger=500)
+
+
+class Hub:
+    """The coordinator's end towards its generators."""
+
+    def __init__(self, interface: str, port: int, incoming: Any):
+        """Binds `port` of `interface` (0: a free one). Raises `zmq.ZMQError` where it is in use."""
+        self.socket = _socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a restarted generator may come back under its name
+        self._incoming = incoming
+        if port:
+            self.socket.bind(f"tcp://{interface}:{port}")
+            self.port = port
+        else:
+            self.port = self.socket.bind_to_random_port(f"tcp://{interface}")
+        self.malformed = 0
+
+    def drain(self) -> Iterator[tuple[str, Any, list[Any]]]:
+        """(peer, message, its frames) of every message that has arrived; a malformed one is counted and dropped."""
+        while self.socket.poll(0):
+            identity, *frames = self.socket.recv_multipart(copy=False)
+            buffers = [frame.buffer for frame in frames]
+            try:
+                yield bytes(identity.buffer).decode(), decode(buffers, self._incoming), buffers
+            except (msgspec.DecodeError, UnicodeDecodeError, ValueError, IndexError):
+                self.malformed += 1
+
+    def send(self, peer: str, message: Any) -> None:
+        self.socket.send_multipart([peer.encode(), *encode(message)], copy=False)
+
+    def close(self) -> None:
+        self.socket.close(linger=500)
+
+
+class Pump:
+    """Waits for any of several sockets until a deadline, then calls the handlers of those that are ready."""
+
+    def __init__(self, handlers: dict[Any, Callable[[], None]]):
+        self._handlers = handlers
+        self._poller = zmq.Poller()
+        for socket in handlers:
+            self._poller.register(socket, zmq.POLLIN)
+
+    def wait(self, until: float) -> None:
+        """Returns after handling what arrived, or at monotonic time `until`."""
+        milliseconds = max(0.0, until - time.monotonic()) * 1000
+        for socket, _ in self._poller.poll(milliseconds):
+            self._handlers[socket]()
+
+
+# ---- the tap -----------------------------------------------------------------------------------------------------
+
+HEAD = struct.Struct("<II")  # magic with the schema version, number of frames
+MAGIC = 0x4C570000  # "LW"
+LENGTH = struct.Struct("<Q")
+
+
+class Tap:
+    """An append-only file of arrived groups, in the order of arrival, as they stood on the wire."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+
+    def append(self, frames: list[Any]) -> None:
+        """Writes one message and hands it to the kernel, so that a killed process loses nothing."""
+        self._file.write(HEAD.pack(MAGIC | SCHEMA_VERSION, len(frames)))
+        for frame in frames:
+            self._file.write(LENGTH.pack(len(memoryview(frame).cast("B")) if len(frame) else 0))
+            self._file.write(frame)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_tap(path: Path) -> Iterator[Group]:
+    """The groups that a tap holds; a torn last record (the writer was killed) ends the reading.
+
+    Raises ValueError for another schema version.
+    """
+    from engine.schema import Result
+
+    with path.open("rb") as file:
+        while len(head := file.read(HEAD.size)) == HEAD.size:
+            magic, num_frames = HEAD.unpack(head)
+            if magic != MAGIC | SCHEMA_VERSION:
+                raise ValueError(f"{path}: schema version {magic & 0xFFFF}, this program has {SCHEMA_VERSION}")
+            frames = [_frame(file) for _ in range(num_frames)]
+            if any(frame is None for frame in frames):
+                return
+            yield decode(frames, Result).group
+
+
+def _frame(file: Any) -> bytes | None:
+    size = file.read(LENGTH.size)
+    if len(size) < LENGTH.size:
+        return None
+    data = file.read(LENGTH.unpack(size)[0])
+    return data if len(data) == LENGTH.unpack(size)[0] else None
