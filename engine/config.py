@@ -198,6 +198,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse(table)
 
 
+def load_text(text: str) -> Config:
+    """The configuration in the text of one resolved file, as `to_toml` wrote it."""
+    return parse(tomllib.loads(text))
+
+
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The TOML table in `path` merged over those that it extends."""
     path = path.resolve()

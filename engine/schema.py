@@ -105,9 +105,10 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Request(msgspec.Struct, tag=True, frozen=True):
-    """How many groups the generator could start now; replaces its earlier request."""
+    """How many samples the generator could start now; replaces its earlier request. Groups are granted while it is
+    above 0, each lowering it by the group's size."""
 
-    num_groups: int
+    num_samples: int
 
 
 class Applied(msgspec.Struct, tag=True, frozen=True):

@@ -1,0 +1,277 @@
+"""The generator's loop: leases in, scored groups out, new weights taken between two decode steps.
+
+    python -m engine.actor_loop --join tcp://HOST:PORT
+
+joins a running job from any host and may leave at any time (Ctrl-C, or `kill -9`): its leases go to others. The
+generators that a job starts by itself run the same command.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import Config, load_text
+from engine.generators.base import Generator, Sampled
+from engine.generators.table import GENERATORS
+from engine.process import die_with_parent
+from engine.schema import (
+    SCHEMA_VERSION,
+    Ack,
+    Applied,
+    Beat,
+    Bye,
+    Failure,
+    Group,
+    Heartbeat,
+    Hello,
+    Kind,
+    Leases,
+    Publish,
+    Request,
+    Result,
+    Stop,
+    ToGenerator,
+    Welcome,
+)
+from engine.scorer import Scorer
+from engine.stream import Link, Pump, Silence
+from engine.tokenizer import decode, from_files
+from engine.weights import Subscriber, subscribe
+from rewards.verdict import Verdict
+
+Key = tuple[Kind, int, int]  # kind, group_id, attempt: one lease
+
+
+class Actor:
+    """Moves leases through the generator and the scorer; owns no thread but the one that stages weights."""
+
+    def __init__(self, config: Config, welcome: Welcome, link: Link, name: str):
+        self._config, self._link, self._name = config, link, name
+        self._incarnation = welcome.incarnation
+        self._tokenizer = from_files(welcome.files)
+        self._generator: Generator = GENERATORS[config.generator.engine](config, welcome.files, self._tokenizer)
+        self._scorer = Scorer(config)
+        self._weights: Subscriber = subscribe(config.weights.route, welcome)
+        self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
+        self._staging: Future[tuple[int, dict[str, torch.Tensor], float]] | None = None
+        self._wanted = -1  # the newest published version
+        self._held: set[Key] = set()
+        self._scoring: dict[Key, Sampled] = {}
+        self._unacknowledged: dict[Key, tuple[float, Result]] = {}
+        self._requested = -1
+        self._busy_s = self._idle_s = 0.0
+        self._heard = self._spoke = time.monotonic()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK)
+        self.stopped = ""  # why, once asked to stop
+        self.refused = False
+        self._pump = Pump({
+            link.socket: lambda: None,  # drained at the top of every turn
+            self._scorer.fileno(): lambda: None,
+            self._wake_read: lambda: os.read(self._wake_read, 1 << 16),
+        })
+        self._handlers = {
+            Leases: self._on_leases,
+            Publish: self._on_publish,
+            Ack: self._on_ack,
+            Beat: lambda message: None,
+            Welcome: lambda message: None,
+            Stop: self._on_stop,
+        }
+
+    def run(self) -> None:
+        """Turns until the coordinator says stop. Raises `Silence` when it has died."""
+        while not self.stopped:
+            self._hear()
+            self._load_staged()
+            started = time.monotonic()
+            if self._generator.num_running:
+                for sampled in self._generator.poll(0.0):
+                    self._score(sampled)
+                self._busy_s += time.monotonic() - started
+            self._deliver()
+            self._speak()
+            if not self._generator.num_running and not self.stopped:
+                waited = time.monotonic()
+                self._pump.wait(self._spoke + self._config.deadlines.heartbeat_s)
+                self._idle_s += time.monotonic() - waited
+
+    def close(self) -> None:
+        self._link.send(Bye())
+        self._stager.shutdown(wait=True, cancel_futures=True)
+        self._scorer.close()
+        self._weights.close()
+
+    # ---- incoming ----
+
+    def _hear(self) -> None:
+        for message in self._link.drain():
+            self._heard = time.monotonic()
+            self._handlers[type(message)](message)
+        silent_s = time.monotonic() - self._heard
+        if silent_s > self._config.deadlines.lease_s:
+            raise Silence(f"{self._name}: the coordinator has been silent for {silent_s:.0f} s")
+
+    def _on_leases(self, message: Leases) -> None:
+        for lease in message.leases:
+            key = (lease.kind, lease.group_id, lease.attempt)
+            if message.incarnation != self._incarnation or key in self._held:
+                continue
+            self._held.add(key)
+            try:
+                self._generator.submit(lease)
+            except ValueError as error:  # this prompt cannot be sampled; others can
+                self._held.discard(key)
+                self._link.send(Failure(*key, reason=str(error)))
+        self._requested = -1
+
+    def _on_publish(self, message: Publish) -> None:
+        if message.incarnation == self._incarnation:
+            self._wanted = max(self._wanted, message.version)
+
+    def _on_ack(self, message: Ack) -> None:
+        self._unacknowledged.pop((message.kind, message.group_id, message.attempt), None)
+
+    def _on_stop(self, message: Stop) -> None:
+        self.stopped, self.refused = message.reason, message.refused
+
+    # ---- weights ----
+
+    def _load_staged(self) -> None:
+        """Starts staging what was published, and applies what lies staged."""
+        if self._staging is None and self._wanted > self._generator.version:
+            self._staging = self._stager.submit(self._stage, self._wanted)
+            self._staging.add_done_callback(lambda _: os.write(self._wake_write, b"."))
+        if self._staging is None or not self._staging.done():
+            return
+        version, tensors, stage_s = self._staging.result()
+        self._staging = None
+        if version > self._generator.version:
+            paused = time.monotonic()
+            self._generator.load(version, tensors)
+            self._link.send(Applied(self._incarnation, version, stage_s, time.monotonic() - paused))
+
+    def _stage(self, version: int) -> tuple[int, dict[str, torch.Tensor], float]:
+        started = time.monotonic()
+        staged, tensors = self._weights.stage(version)
+        return staged, tensors, time.monotonic() - started
+
+    # ---- rollouts ----
+
+    def _score(self, sampled: Sampled) -> None:
+        lease = sampled.lease
+        key = (lease.kind, lease.group_id, lease.attempt)
+        prompt = lease.prompt
+        self._scoring[key] = sampled
+        ends = np.cumsum(sampled.lengths)
+        texts = [
+            decode(self._tokenizer, sampled.token_ids[end - length : end])
+            for end, length in zip(ends, sampled.lengths, strict=True)
+        ]
+        self._scorer.submit(key, [(prompt.domain, prompt.text, text, prompt.answer, prompt.fields) for text in texts])
+
+    def _deliver(self) -> None:
+        for key, verdicts in self._scorer.poll():
+            result = Result(self._group(self._scoring.pop(key), verdicts))
+            self._unacknowledged[key] = (time.monotonic(), result)
+            self._held.discard(key)
+            self._link.send(result)
+
+    def _group(self, sampled: Sampled, verdicts: list[Verdict]) -> Group:
+        lease = sampled.lease
+        return Group(
+            kind=lease.kind,
+            group_id=lease.group_id,
+            attempt=lease.attempt,
+            incarnation=self._incarnation,
+            generator=self._name,
+            domain=lease.prompt.domain,
+            lease_version=lease.version,
+            temperature=lease.sampling.temperature,
+            prompt_ids=lease.prompt.token_ids,
+            lengths=sampled.lengths,
+            finish=sampled.finish,
+            verdicts=verdicts,
+            token_ids=sampled.token_ids,
+            logprobs=sampled.logprobs,
+            versions=sampled.versions,
+            loss_mask=np.ones(len(sampled.token_ids), np.uint8),
+            kv_mixed=sampled.kv_mixed,
+        )
+
+    # ---- outgoing ----
+
+    def _speak(self) -> None:
+        wanted = self._capacity()
+        if wanted != self._requested:
+            self._requested = wanted
+            self._link.send(Request(wanted))
+        now = time.monotonic()
+        if now - self._spoke < self._config.deadlines.heartbeat_s:
+            return
+        self._spoke = now
+        held = sorted(self._held | self._unacknowledged.keys())
+        self._link.send(Heartbeat(held, self._generator.generated_tokens, self._busy_s, self._idle_s))
+        for key, (sent, result) in self._unacknowledged.items():
+            if now - sent > self._config.deadlines.lease_s / 2:
+                self._unacknowledged[key] = (now, result)
+                self._link.send(result)
+
+    def _capacity(self) -> int:
+        """Samples that the generator could start now: its free slots and a few groups that wait before them."""
+        ahead = self._config.generator.ahead_groups * self._config.run.group_size
+        return max(0, self._generator.num_free_slots + ahead - self._generator.num_waiting)
+
+
+def join(address: str, name: str) -> tuple[Config, Welcome, Link]:
+    """Says hello to the coordinator at `address` and waits for its welcome.
+
+    Raises `Silence` where nobody answers within 30 s and `ConnectionRefusedError` where the job refuses.
+    """
+    link = Link(ToGenerator, connect=address, identity=name)
+    link.send(Hello(SCHEMA_VERSION, name, socket.gethostname(), os.getpid()))
+    message: Any = link.receive(30.0, f"{name}: joining the job at {address}")
+    if isinstance(message, Stop):
+        raise ConnectionRefusedError(f"{name}: the job at {address} refused: {message.reason}")
+    return load_text(message.config), message, link
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A generator that joins a running job.")
+    parser.add_argument("--join", required=True, metavar="ADDRESS", help="tcp://HOST:PORT, as the job prints it")
+    parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="unique within the job")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; default: OMP_NUM_THREADS or all cores")
+    arguments = parser.parse_args()
+    die_with_parent() if "LEEWAY_PARENT" in os.environ else None
+    if threads := arguments.threads or int(os.environ.get("OMP_NUM_THREADS", 0)):
+        torch.set_num_threads(threads)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    try:
+        config, welcome, link = join(arguments.join, arguments.name)
+    except (Silence, ConnectionRefusedError) as error:
+        print(f"leeway: {error}", file=sys.stderr)
+        return 1
+    actor = Actor(config, welcome, link, arguments.name)
+    print(f"{arguments.name}: joined {arguments.join}, incarnation {welcome.incarnation}", flush=True)
+    try:
+        actor.run()
+    except Silence as error:
+        print(f"leeway: {error}", file=sys.stderr)
+        return 1
+    finally:
+        actor.close()
+        link.close()
+    print(f"{arguments.name}: {actor.stopped}", flush=True)
+    return 3 if actor.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Which torchrun rank does what, on how many threads, and how the learners find each other."""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Literal
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from engine.config import Config, ConfigError
+from engine.process import cores
+
+
+class Seat(msgspec.Struct, frozen=True):
+    """One rank's place in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    num_learners: int
+    num_children: int  # generator children that this rank supervises
+    device: str
+    threads: int  # of torch, in this rank
+    child_threads: int  # of torch, in each child
+
+    @property
+    def role(self) -> Literal["learner", "generator"]:
+        return "learner" if self.rank < self.num_learners else "generator"
+
+
+def seat(config: Config, environ: Mapping[str, str] = os.environ) -> Seat:
+    """This process's seat, from torchrun's environment variables; without them it is the only rank.
+
+    The first `placement.learners` ranks learn, every other one supervises a generator. Where no rank is left for
+    that, rank 0 supervises `generator.local` children. Raises `ConfigError` where the numbers do not fit.
+    """
+    rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(environ.get("LOCAL_RANK", 0)), int(environ.get("LOCAL_WORLD_SIZE", 1))
+    learners = config.placement.learners or max(1, world - 1)
+    if not 0 < learners <= world:
+        raise ConfigError(f"placement.learners = {learners}: must be between 1 and the number of ranks, {world}")
+    local_children = config.generator.local if learners == world else 0
+    generator_rank = rank >= learners
+    children = 1 if generator_rank else local_children if rank == 0 else 0
+    computing = local_world + (local_children if local_rank == 0 else 0)
+    share = max(1, cores() // computing)
+    device = config.learner.device
+    if device == "auto":
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    return Seat(
+        rank=rank,
+        world_size=world,
+        local_rank=local_rank,
+        local_world_size=local_world,
+        num_learners=learners,
+        num_children=children,
+        device=device,
+        threads=config.learner.threads or share,
+        child_threads=config.generator.threads or share,
+    )
+
+
+def rendezvous(seat: Seat, timeout_s: float) -> dist.Store | None:
+    """The key-value store of the job's ranks, torchrun's own where it offers it; None with one rank."""
+    if seat.world_size == 1:
+        return None
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        seat.world_size,
+        is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and seat.rank == 0,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def join_learners(seat: Seat, store: dist.Store | None, timeout_s: float) -> None:
+    """Makes the learners' process group, which no generator is part of; every collective in it has a deadline.
+
+    A single learner on a CPU trains the plain module and has no group.
+    """
+    cuda = seat.device.startswith("cuda")
+    if seat.num_learners == 1 and not cuda:
+        return
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.HashStore() if store is None else dist.PrefixStore("learners", store),
+        rank=seat.rank,
+        world_size=seat.num_learners,
+        timeout=timedelta(seconds=timeout_s),
+    )

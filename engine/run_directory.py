@@ -1,0 +1,136 @@
+"""The directory of one run: what lies where, how it is made, and what a resume may change."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.config import Config, ConfigError, load, to_toml
+
+# A resumed run must agree in these; steps, intervals, budgets, placement and deadlines may change.
+PINNED = (
+    "run.seed",
+    "run.groups_per_step",
+    "run.group_size",
+    "run.max_staleness",
+    "model",
+    "warm_start",
+    "domains",
+    "algorithm",
+    "generator.temperature",
+    "generator.stop",
+    "learner.lr",
+    "learner.betas",
+    "learner.eps",
+    "learner.weight_decay",
+    "learner.updates_per_step",
+)
+
+
+class RunDirectory:
+    """Paths of a run. `config.toml` as resolved, `ledger.db`, `metrics.jsonl`, `stream/`, `checkpoints/`, `logs/`,
+    `model/` (tokenizer and model configuration), `export/` and at the end `summary.json`."""
+
+    def __init__(self, path: Path):
+        self.path = path.resolve()
+        self.config = self.path / "config.toml"
+        self.ledger = self.path / "ledger.db"
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+        self.stream = self.path / "stream"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        self.model = self.path / "model"
+        self.export = self.path / "export"
+        self.debug = self.path / "debug"
+        self.tensorboard = self.path / "tensorboard"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def create(config: Config) -> RunDirectory:
+    """Makes the run's directory: the named one, which must not exist, or the next free number below `run.root`."""
+    if config.run.directory:
+        run = RunDirectory(Path(config.run.directory))
+        run.path.mkdir(parents=True)
+    else:
+        run = _numbered(Path(config.run.root), config.run.name)
+    for folder in (run.stream, run.checkpoints, run.logs, run.model):
+        folder.mkdir()
+    run.config.write_text(to_toml(config))
+    return run
+
+
+def _numbered(root: Path, name: str) -> RunDirectory:
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [path.name.removeprefix(f"{name}-") for path in root.glob(f"{name}-*")]
+    number = 1 + max((int(text) for text in taken if text.isdigit()), default=0)
+    while True:
+        run = RunDirectory(root / f"{name}-{number:03d}")
+        try:
+            run.path.mkdir()
+        except FileExistsError:  # another job took the number in between
+            number += 1
+        else:
+            return run
+
+
+def check_creatable(config: Config) -> None:
+    """Raises `ConfigError` where `create` would fail or the ledger could not live."""
+    from engine.ledger import check_filesystem
+
+    if config.run.directory and Path(config.run.directory).exists():
+        raise ConfigError(
+            f"run.directory = {config.run.directory!r}: exists; name another, leave it empty for a numbered one, or "
+            "continue it with --resume"
+        )
+    check_filesystem(Path(config.run.directory or config.run.root))
+
+
+def check_port(config: Config) -> None:
+    """Raises `ConfigError` where `placement.port` cannot be bound."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((config.placement.bind, config.placement.port))
+        except OSError as error:
+            raise ConfigError(
+                f"placement.port = {config.placement.port} on {config.placement.bind}: {error.strerror}; "
+                "choose another, or 0 for a free one"
+            ) from error
+
+
+def reopen(path: Path, config: Config) -> RunDirectory:
+    """The run to resume. Raises `ConfigError` where it is none, or where `config` differs in what is `PINNED`."""
+    run = RunDirectory(path)
+    if not run.config.exists():
+        raise ConfigError(f"--resume = {path}: no run directory (it has no config.toml)")
+    old, new = msgspec.to_builtins(load(run.config)), msgspec.to_builtins(config)
+    for field in PINNED:
+        before, now = _at(old, field), _at(new, field)
+        if before != now:
+            name, was, is_now = _first_difference(field, before, now)
+            raise ConfigError(f"{name} = {is_now!r}: the run to resume has {was!r}, which a resume may not change")
+    run.config.write_text(to_toml(config))
+    return run
+
+
+def _at(table: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        table = table[key]
+    return table
+
+
+def _first_difference(field: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The deepest field in which two values differ first."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            if old.get(key) != new.get(key):
+                return _first_difference(f"{field}.{key}", old.get(key), new.get(key))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (before, now) in enumerate(zip(old, new, strict=True)):
+            if before != now:
+                return _first_difference(f"{field}.{number}", before, now)
+    return field, old, new
