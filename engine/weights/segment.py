@@ -1,0 +1,221 @@
+"""Two weight versions in POSIX shared memory, each in a slot guarded by a sequence number and a checksum.
+
+File `/dev/shm/leeway-NAME`:
+
+    0      magic, length of the manifest, bytes of a slot          64 + 64 i    header of slot i
+    4096   manifest (JSON)                                         then, each on a page, the two payloads
+
+A slot's header is `sequence incarnation version digest check`, uint64 each. The one writer makes `sequence` odd, writes
+the payload, then the header, and makes `sequence` even again. Readers take no lock, so a reader that is killed leaves
+nothing behind; a writer killed in the middle leaves its slot odd for ever and the other slot whole. A reader trusts a
+slot whose header has an even sequence and a right `check`, copies it, finds the header unchanged and the copy's xxh3-64
+equal to `digest`. The last two also cover memory that is not seen in the order in which it was written.
+
+The writer holds a `flock` on the file; a segment that nobody locks was left by a dead process (`remove_stale`).
+"""
+
+import fcntl
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import msgspec
+import numpy as np
+import xxhash
+
+from engine.config import ConfigError
+from engine.weights.manifest import Manifest, WeightsError
+
+DIRECTORY = Path("/dev/shm")
+PREFIX = "leeway-"
+PIECE_BYTES = 1 << 20  # copied at a time: short enough to notice an overwrite early and to hash from the cache
+NUM_SLOTS = 2
+
+_MAGIC = b"leeway01"
+_PREAMBLE = struct.Struct("<8sQQ")
+_SLOT_HEADERS_AT = 64
+_SLOT_HEADER_WORDS = 8  # a cache line
+_MANIFEST_AT = mmap.PAGESIZE
+
+
+class Header(msgspec.Struct, frozen=True):
+    """Which version a slot holds. `sequence` is even and grows with every write of the slot."""
+
+    slot: int
+    sequence: int
+    incarnation: int
+    version: int
+    digest: int  # xxh3-64 of the payload
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Orders versions: a later incarnation is newer whatever its version."""
+        return self.incarnation, self.version
+
+    @property
+    def check(self) -> int:
+        words = struct.pack("<QQQQ", self.sequence, self.incarnation, self.version, self.digest)
+        return xxhash.xxh3_64_intdigest(words)
+
+
+class Overwritten(Exception):
+    """The slot changed while it was read."""
+
+
+class Segment:
+    """The mapped segment: `create` it to write, `open` it to read (the mapping is then read-only)."""
+
+    def __init__(self, name: str, fd: int, manifest: Manifest, *, writable: bool) -> None:
+        self.name = name
+        self.manifest = manifest
+        self._fd = fd
+        self._writable = writable
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._bytes = np.frombuffer(mmap.mmap(fd, 0, prot=protection), np.uint8)
+        self._slots_at = _page_up(_MANIFEST_AT + len(manifest.encode()))
+
+    @classmethod
+    def create(cls, name: str, manifest: Manifest) -> Self:
+        """A new segment without a version in it. Raises `ConfigError` where shared memory is too small."""
+        encoded = manifest.encode()
+        size = _page_up(_MANIFEST_AT + len(encoded)) + NUM_SLOTS * _page_up(manifest.num_bytes)
+        fd = _create_locked(_path(name))
+        try:
+            os.posix_fallocate(fd, 0, size)  # else a full /dev/shm is a SIGBUS in the middle of a publish
+        except OSError as error:
+            os.unlink(_path(name))
+            os.close(fd)
+            free = os.statvfs(DIRECTORY)
+            raise ConfigError(
+                f"weights: two versions need {size >> 20} MiB of {DIRECTORY}, which has "
+                f"{free.f_bavail * free.f_frsize >> 20} MiB free ({error.strerror}); containers: --shm-size"
+            ) from error
+        os.pwrite(fd, encoded, _MANIFEST_AT)
+        os.pwrite(fd, _PREAMBLE.pack(_MAGIC, len(encoded), _page_up(manifest.num_bytes)), 0)
+        return cls(name, fd, manifest, writable=True)
+
+    @classmethod
+    def open(cls, name: str) -> Self:
+        """The segment of a running job. Raises `WeightsError` where there is none of this layout."""
+        try:
+            fd = os.open(_path(name), os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise WeightsError(f"there is no segment {_path(name)}: its job has ended or is on another host") from error
+        preamble = os.pread(fd, _PREAMBLE.size, 0).ljust(_PREAMBLE.size, b"\0")
+        magic, length, _ = _PREAMBLE.unpack(preamble)
+        if magic != _MAGIC:
+            os.close(fd)
+            raise WeightsError(f"{_path(name)} is no segment of this layout: {magic!r}, expected {_MAGIC!r}")
+        return cls(name, fd, Manifest.decode(os.pread(fd, length, _MANIFEST_AT)), writable=False)
+
+    def payload(self, slot: int) -> np.ndarray:
+        """uint8 [manifest.num_bytes], a view of the shared memory."""
+        start = self._slots_at + slot * _page_up(self.manifest.num_bytes)
+        return self._bytes[start : start + self.manifest.num_bytes]
+
+    def headers(self) -> list[Header]:
+        """The slots that hold a whole version, newest first."""
+        found = [header for header in map(self._header, range(NUM_SLOTS)) if header is not None]
+        return sorted(found, key=lambda header: header.age, reverse=True)
+
+    def read(self, header: Header, into: np.ndarray) -> Iterator[slice]:
+        """Copies the payload of `header` piece by piece, yielding each piece's place. Raises `Overwritten`."""
+        for piece in pieces(self.manifest.num_bytes):
+            self.copy(header, piece, into[piece])
+            yield piece
+
+    def copy(self, header: Header, piece: slice, into: np.ndarray) -> None:
+        """Copies one piece (without the GIL). Raises `Overwritten` if the slot no longer holds what `header` says."""
+        np.copyto(into, self.payload(header.slot)[piece])
+        if self._header(header.slot) != header:
+            raise Overwritten
+
+    def begin(self) -> int:
+        """Opens the slot that does not hold the newest version for writing; readers see it no more."""
+        whole = self.headers()
+        slot = 1 - whole[0].slot if whole else 0
+        self._words(slot)[0] |= np.uint64(1)
+        return slot
+
+    def commit(self, slot: int, incarnation: int, version: int, digest: int) -> None:
+        """Lets readers see the slot's payload as (incarnation, version)."""
+        words = self._words(slot)
+        header = Header(slot, int(words[0]) + 1, incarnation, version, digest)
+        words[1:5] = (header.incarnation, header.version, header.digest, header.check)
+        words[0] = header.sequence
+
+    def close(self) -> None:
+        """Lets the mapping go; the writer's also removes the file, which readers that opened it may still read."""
+        if self._writable:
+            _path(self.name).unlink(missing_ok=True)
+        os.close(self._fd)
+        self._bytes = np.empty(0, np.uint8)
+
+    def _words(self, slot: int) -> np.ndarray:
+        start = _SLOT_HEADERS_AT + slot * _SLOT_HEADER_WORDS * 8
+        return self._bytes[start : start + _SLOT_HEADER_WORDS * 8].view(np.uint64)
+
+    def _header(self, slot: int) -> Header | None:
+        """What the slot holds; none while it is written, or was never written."""
+        sequence, incarnation, version, digest, check = self._words(slot)[:5].tolist()
+        header = Header(slot, sequence, incarnation, version, digest)
+        return header if sequence > 0 and sequence % 2 == 0 and check == header.check else None
+
+
+def pieces(num_bytes: int) -> Iterator[slice]:
+    """The payload's bytes in order, `PIECE_BYTES` at a time."""
+    for start in range(0, num_bytes, PIECE_BYTES):
+        yield slice(start, min(start + PIECE_BYTES, num_bytes))
+
+
+def remove_stale() -> list[str]:
+    """Removes the segments whose writer is dead; their names. Those of other users are left alone."""
+    removed = []
+    for path in DIRECTORY.glob(f"{PREFIX}*"):
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except (FileNotFoundError, PermissionError):
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            removed.append(path.name.removeprefix(PREFIX))
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(fd)
+    return removed
+
+
+def host_id() -> str:
+    """Names the running system: equal where processes may share memory."""
+    return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+
+
+def exists(name: str) -> bool:
+    return _path(name).exists()
+
+
+def _path(name: str) -> Path:
+    return DIRECTORY / f"{PREFIX}{name}"
+
+
+def _page_up(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _create_locked(path: Path) -> int:
+    """A new file that this process holds the lock of. Raises `WeightsError` where a living process has that name."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError as error:
+            raise WeightsError(f"{path} belongs to a running job") from error
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:  # else `remove_stale` came between the two calls above
+            return fd
+        os.close(fd)
