@@ -1,0 +1,63 @@
+"""What every generator offers to the actor loop, be it embedded or a server."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+import numpy as np
+
+from engine.schema import Finish, Kind, Lease
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Sampled(msgspec.Struct, frozen=True):
+    """A lease's completions, flat one after the other; `lengths[i]` tokens belong to sample i; T = sum(lengths).
+
+    token_ids int32 [T], the stop token included; logprobs float32 [T], log softmax(logits / temperature) of each
+    token; versions int32 [T], the weight version that computed it.
+    """
+
+    lease: Lease
+    lengths: list[int]
+    finish: list[Finish]
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+    kv_mixed: bool  # some tokens were computed over KV entries of an older version
+
+
+class Generator(Protocol):
+    version: int  # the newest applied; -1 before the first load
+
+    def submit(self, lease: Lease) -> None:
+        """Queues a lease. Raises `ConfigError` for a prompt that leaves no room in the context."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[Sampled]:
+        """Advances and returns the leases that finished; returns at once where nothing runs."""
+        ...
+
+    def load(self, version: int, weights: Mapping[str, "Tensor"]) -> None:
+        """Samples with `weights` from the next token on; running requests go on."""
+        ...
+
+    def cancel(self, kind: Kind, group_id: int) -> None:
+        """Forgets a lease, waiting or running; unknown ones are ignored."""
+        ...
+
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences that could start now, beyond those queued; negative where more wait than fit."""
+        ...
+
+    @property
+    def num_running(self) -> int:
+        """Sequences waiting or decoding."""
+        ...
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens sampled since the start."""
+        ...
