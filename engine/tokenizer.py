@@ -1,0 +1,125 @@
+"""The tokenizer: loaded beside the model or made on the spot, sent to the generators as files.
+
+transformers is imported inside the functions: it takes seconds, and most who import this module need one name of it.
+"""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.config import ConfigError, Model, Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PAD, EOS = "<pad>", "<eos>"
+
+Prompt = str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
+
+
+def load(model: Model) -> "PreTrainedTokenizerBase":
+    """The tokenizer in `model.path`, or a new one of `model.tokenizer`.
+
+    Raises `ConfigError` where there is none, or it has no end-of-sequence token.
+    """
+    if model.init:
+        return make(model.tokenizer)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"model.path = {model.path!r}: no tokenizer could be loaded: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path = {model.path!r}: its tokenizer has no end-of-sequence token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def make(spec: Tokenizer) -> "PreTrainedTokenizerBase":
+    """A tokenizer whose tokens are the characters of `alphabet` and the `words`; text is cut longest word first.
+
+    Token 0 pads, token 1 ends a sequence. There is no unknown token: it would be one more thing to sample.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [*spec.alphabet, *spec.words]
+    _check_pieces(pieces)
+    backend = Backend(models.WordLevel({piece: number for number, piece in enumerate([PAD, EOS, *pieces])}))
+    longest_first = sorted(pieces, key=len, reverse=True)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def _check_pieces(pieces: list[str]) -> None:
+    if not pieces:
+        raise ConfigError("model.tokenizer: [model.init] needs an alphabet or words")
+    for piece in pieces:
+        if piece in ("", PAD, EOS) or pieces.count(piece) > 1:
+            raise ConfigError(f"model.tokenizer: {piece!r} stands twice, is empty or is reserved ({PAD}, {EOS})")
+
+
+def files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
+    """The tokenizer as its files by name, small enough for a message."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        root = Path(directory)
+        return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def from_files(contents: dict[str, bytes], trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer that `files` gave; names of other files are ignored."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        for name, content in contents.items():
+            path = Path(directory, name)
+            if not path.resolve().is_relative_to(Path(directory).resolve()):
+                raise ValueError(f"a tokenizer file outside its directory: {name!r}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, template: str = "{prompt}", system: str = "") -> str:
+    """The text that the model reads: a text prompt in `template`, and all in the chat template where there is one.
+
+    Raises `ValueError` for chat messages or a system message without a chat template.
+    """
+    text = template.replace("{prompt}", prompt) if isinstance(prompt, str) else None
+    if tokenizer.chat_template is None:
+        if text is None or system:
+            raise ValueError(f"{'chat messages' if text is None else 'system'}: the tokenizer has no chat template")
+        return text
+    messages = [{"role": "user", "content": text}] if isinstance(prompt, str) else prompt
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> np.ndarray:
+    """`text` as int32 [P]. Raises `ValueError` for a character that a made tokenizer does not know."""
+    special = tokenizer.chat_template is None  # a chat template writes its own special tokens
+    try:
+        return np.array(tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
+    except Exception as error:  # tokenizers raises nothing narrower
+        if "[UNK]" not in str(error):
+            raise
+        unknown = "".join(sorted(set(text) - set("".join(tokenizer.get_vocab()))))
+        raise ValueError(f"the tokenizer has no token for {unknown or text!r}, see model.tokenizer") from error
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", token_ids: list[int]) -> str:
+    """The text of a completion, special tokens left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)  # skips 30 us of transformers' own a call
+    return backend.decode(token_ids, skip_special_tokens=True)

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from engine import tokenizer as tokenizers
+from engine.config import ConfigError, Model, Tokenizer
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def made(**spec):
+    return tokenizers.load(Model(init={"model_type": "qwen3"}, tokenizer=Tokenizer(**spec), context=32))
+
+
+def test_characters_become_tokens_after_pad_and_eos():
+    tokenizer = made(alphabet="0123456789+= \n")
+    ids = tokenizers.encode(tokenizer, "12+ 3=\n")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [3, 4, 12, 14, 5, 13, 15]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 1, 16)
+    assert tokenizers.decode(tokenizer, [*ids.tolist(), 1]) == "12+ 3=\n"
+
+
+def test_words_are_cut_longest_first_and_joined_without_spaces():
+    tokenizer = made(alphabet="s ", words=["sum", "summand", "a.c"])
+    ids = tokenizers.encode(tokenizer, "summand sums a.c").tolist()
+    assert ids == [5, 3, 4, 2, 3, 6]
+    assert tokenizers.decode(tokenizer, ids) == "summand sums a.c"
+
+
+def test_an_unknown_character_is_named():
+    with pytest.raises(ValueError, match="no token for 'xé'"):
+        tokenizers.encode(made(alphabet="012"), "1x2é")
+
+
+@pytest.mark.parametrize("spec", [{}, {"alphabet": "00"}, {"words": ["a", ""]}, {"words": ["<eos>"]}])
+def test_a_tokenizer_that_cannot_be_made_is_refused(spec):
+    with pytest.raises(ConfigError, match="model.tokenizer"):
+        made(**spec)
+
+
+def test_files_travel(tmp_path):
+    first = made(alphabet="0123456789+=", words=["sum"])
+    second = tokenizers.from_files(tokenizers.files(first))
+    text = "12+3=sum"
+    assert tokenizers.encode(second, text).tolist() == tokenizers.encode(first, text).tolist()
+    assert tokenizers.decode(second, tokenizers.encode(second, text).tolist()) == text
+    assert (second.pad_token_id, second.eos_token_id) == (0, 1)
+
+
+def test_files_stay_in_their_directory():
+    with pytest.raises(ValueError, match="outside"):
+        tokenizers.from_files({"../escaped.json": b"{}"})
+
+
+def test_a_path_without_a_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="model.path = ") as caught:
+        tokenizers.load(Model(path=str(tmp_path), context=32))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    tokenizer = made(alphabet="01")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
+        tokenizers.load(Model(path=str(tmp_path), context=32))
+
+
+def test_a_text_prompt_goes_into_the_template():
+    assert tokenizers.render(made(alphabet="01"), "1", "a {prompt} b {x}") == "a 1 b {x}"
+
+
+def test_messages_and_system_need_a_chat_template():
+    tokenizer = made(alphabet="01")
+    with pytest.raises(ValueError, match="chat messages"):
+        tokenizers.render(tokenizer, [{"role": "user", "content": "1"}])
+    with pytest.raises(ValueError, match="system"):
+        tokenizers.render(tokenizer, "1", system="be brief")
+
+
+def test_a_chat_template_wraps_text_and_messages():
+    tokenizer = made(alphabet="01")
+    tokenizer.chat_template = CHAT
+    assert tokenizers.render(tokenizer, "1", "<{prompt}>") == "[user]<1>[assistant]"
+    assert tokenizers.render(tokenizer, "1", system="s") == "[system]s[user]1[assistant]"
+    talk = [{"role": "system", "content": "own"}, {"role": "user", "content": "0"}]
+    assert tokenizers.render(tokenizer, talk, system="s") == "[system]own[user]0[assistant]"
