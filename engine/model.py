@@ -5,7 +5,6 @@ that the model hands down to its attention modules, so any model that uses the a
 transformers makes no mask for it.
 """
 
-import inspect
 import json
 from typing import Any, Protocol
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from engine.attention import Layout
 from engine.config import ConfigError, Model
 
 ATTENTION = "leeway"
