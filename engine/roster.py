@@ -1,0 +1,115 @@
+"""The generators that take part: which version each applied, how much each asks for, which fell silent.
+
+A member is routed, that is, gets leases and holds tickets back, from its first applied version on, until it leaves
+or fails to apply a newer version in time.
+"""
+
+import msgspec
+
+from engine.config import Deadlines
+
+
+class Member(msgspec.Struct):
+    """One generator. Times are on the coordinator's clock."""
+
+    seen_s: float
+    applied: int = -1
+    routed: bool = False
+    num_wanted: int = 0  # groups
+    behind_s: float | None = None  # since when it owes us a newer version
+    beat_s: float = -1.0  # its last heartbeat
+    generated_tokens: int = 0
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+
+
+class Roster:
+    """The members by name, and the newest `published` version."""
+
+    def __init__(self, deadlines: Deadlines):
+        self.members: dict[str, Member] = {}
+        self.published = -1
+        self.generated_tokens = 0  # of members that left; likewise the times
+        self.busy_s = 0.0
+        self.idle_s = 0.0
+        self._deadlines = deadlines
+
+    def join(self, name: str, now: float) -> None:
+        self.members[name] = Member(seen_s=now)
+
+    def leave(self, name: str) -> None:
+        member = self.members.pop(name)
+        self.generated_tokens += member.generated_tokens
+        self.busy_s += member.busy_s
+        self.idle_s += member.idle_s
+
+    def totals(self) -> tuple[int, float, float]:
+        """Tokens generated, seconds busy and seconds idle of all members that ever were."""
+        members = self.members.values()
+        return (
+            self.generated_tokens + sum(member.generated_tokens for member in members),
+            self.busy_s + sum(member.busy_s for member in members),
+            self.idle_s + sum(member.idle_s for member in members),
+        )
+
+    # ---- versions
+
+    @property
+    def newest_applied(self) -> int:
+        """The newest version that a routed member samples with; -1 without any."""
+        return max((member.applied for member in self.members.values() if member.routed), default=-1)
+
+    @property
+    def applied_by_all(self) -> int:
+        """The newest version that every routed member has reached; -1 without any."""
+        return min((member.applied for member in self.members.values() if member.routed), default=-1)
+
+    def publish(self, version: int, now: float) -> None:
+        """Supersedes a version not yet applied; what is owed is owed since the first one missed."""
+        self.published = version
+        for member in self.members.values():
+            if member.routed and member.behind_s is None:
+                member.behind_s = now
+
+    def apply(self, name: str, version: int, settled: int, now: float) -> None:
+        """A member samples with `version` now. It is routed unless the tickets of a newer one returned already."""
+        member = self.members[name]
+        member.applied = version
+        member.routed = version >= settled
+        member.behind_s = now if member.routed and version < self.published else None
+
+    # ---- whom to give the next lease
+
+    def next_in_line(self, pinned: bool) -> str | None:
+        """The member that asks for most, among those at the newest applied version; with `pinned` that must be the
+        newest published one."""
+        version = self.published if pinned else self.newest_applied
+        ready = [
+            name
+            for name, member in self.members.items()
+            if member.routed and member.applied == version and member.num_wanted > 0
+        ]
+        return max(ready, key=lambda name: self.members[name].num_wanted, default=None)
+
+    # ---- deadlines
+
+    def silent(self, now: float) -> list[str]:
+        return [name for name, member in self.members.items() if now - member.seen_s >= self._deadlines.lease_s]
+
+    def late(self, now: float) -> list[str]:
+        """Routed members that owe a version for too long."""
+        limit = self._deadlines.publish_s
+        return [
+            name
+            for name, member in self.members.items()
+            if member.routed and member.behind_s is not None and now - member.behind_s >= limit
+        ]
+
+    def next_deadline(self) -> float | None:
+        silent = [member.seen_s + self._deadlines.lease_s for member in self.members.values()]
+        late = [
+            member.behind_s + self._deadlines.publish_s
+            for member in self.members.values()
+            if member.routed and member.behind_s is not None
+        ]
+        return min(silent + late, default=None)
