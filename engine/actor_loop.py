@@ -44,7 +44,7 @@ from engine.schema import (
 from engine.scorer import Scorer
 from engine.stream import Link, Pump, Silence
 from engine.tokenizer import decode, from_files
-from engine.weights import Subscriber, subscribe
+from engine.weights import Staged, subscribe
 from rewards.verdict import Verdict
 
 Key = tuple[Kind, int, int]  # kind, group_id, attempt: one lease
@@ -59,9 +59,15 @@ class Actor:
         self._tokenizer = from_files(welcome.files)
         self._generator: Generator = GENERATORS[config.generator.engine](config, welcome.files, self._tokenizer)
         self._scorer = Scorer(config)
-        self._weights: Subscriber = subscribe(config.weights.route, welcome)
+        self._weights = subscribe(
+            config.weights.route,
+            segment=welcome.segment,
+            host=welcome.host,
+            address=f"{link.address.rpartition(':')[0]}:{welcome.weights_port}",
+            timeout_s=config.deadlines.publish_s,
+        )
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
-        self._staging: Future[tuple[int, dict[str, torch.Tensor], float]] | None = None
+        self._staging: Future[tuple[Staged, float]] | None = None
         self._wanted = -1  # the newest published version
         self._held: set[Key] = set()
         self._scoring: dict[Key, Sampled] = {}
@@ -151,17 +157,16 @@ class Actor:
             self._staging.add_done_callback(lambda _: os.write(self._wake_write, b"."))
         if self._staging is None or not self._staging.done():
             return
-        version, tensors, stage_s = self._staging.result()
+        staged, stage_s = self._staging.result()
         self._staging = None
-        if version > self._generator.version:
+        if staged.version > self._generator.version:
             paused = time.monotonic()
-            self._generator.load(version, tensors)
-            self._link.send(Applied(self._incarnation, version, stage_s, time.monotonic() - paused))
+            self._generator.load(staged.version, staged.tensors)
+            self._link.send(Applied(staged.incarnation, staged.version, stage_s, time.monotonic() - paused))
 
-    def _stage(self, version: int) -> tuple[int, dict[str, torch.Tensor], float]:
+    def _stage(self, version: int) -> tuple[Staged, float]:
         started = time.monotonic()
-        staged, tensors = self._weights.stage(version)
-        return staged, tensors, time.monotonic() - started
+        return self._weights.stage(self._incarnation, version), time.monotonic() - started
 
     # ---- rollouts ----
 
@@ -227,7 +232,7 @@ class Actor:
     def _capacity(self) -> int:
         """Samples that the generator could start now: its free slots and a few groups that wait before them."""
         ahead = self._config.generator.ahead_groups * self._config.run.group_size
-        return max(0, self._generator.num_free_slots + ahead - self._generator.num_waiting)
+        return max(0, self._generator.num_free_slots + ahead)
 
 
 def join(address: str, name: str) -> tuple[Config, Welcome, Link]:

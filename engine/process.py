@@ -62,7 +62,7 @@ class Child:
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which stops its children in order
             )
         self.pid = self._process.pid
-        self.pidfd = os.pidfd_open(self.pid)
+        self.fd = os.pidfd_open(self.pid)
 
     def exit_code(self) -> int | None:
         return self._process.poll()
@@ -74,7 +74,7 @@ class Child:
         except subprocess.TimeoutExpired:
             return None
 
-    def died(self) -> ProcessDied:
+    def error(self) -> ProcessDied:
         """What to raise when this child has ended: who, how, and its last words."""
         words = self.log.read_text(errors="replace").strip().splitlines()
         last = words[-1] if words else "it wrote nothing"
@@ -87,9 +87,9 @@ class Child:
             if self.wait(timeout_s) is None:
                 self._process.kill()
                 self._process.wait()
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Supervisor(threading.Thread):
@@ -100,16 +100,23 @@ class Supervisor(threading.Thread):
         super().__init__(name=f"supervisor of {name}", daemon=True)
         self._spawn = lambda: Child(name, module, arguments, log, threads)
         self._halt_read, self._halt_write = os.pipe()
+        self._end_read, self._end_write = os.pipe()
         self.restarts = 0
         self.child: Child | None = None
 
     def run(self) -> None:
+        try:
+            self._supervise()
+        finally:
+            os.close(self._end_write)  # makes the read end readable: `wait` returns
+
+    def _supervise(self) -> None:
         back_off_s = 0.5
         while True:
             # Spawned by this thread, whose end would kill the child: so the thread outlives it.
             self.child = self._spawn()
             started = time.monotonic()
-            halted = self._wait(self.child.pidfd, None)
+            halted = self._wait(self.child.fd, None)
             if halted or self.child.exit_code() == 0:
                 return
             self.restarts += 1
@@ -122,13 +129,44 @@ class Supervisor(threading.Thread):
         watched = [self._halt_read] + ([pidfd] if pidfd >= 0 else [])
         return self._halt_read in select.select(watched, [], [], timeout_s)[0]
 
+    def wait(self, stop: "StopSignal") -> None:
+        """Returns when the child has ended for good, or when the job is asked to stop."""
+        select.select([self._end_read, stop.fd], [], [])
+
     def stop(self, timeout_s: float) -> None:
         """Ends the child and the supervision."""
-        child = self.child
-        if child is not None:
-            child.stop(timeout_s)
         os.write(self._halt_write, b".")
         self.join(timeout_s)
+        if self.child is not None:
+            self.child.stop(timeout_s)
+
+
+class Stopped(Exception):
+    """Someone asked the job to stop."""
+
+
+class StopSignal:
+    """SIGINT and SIGTERM as an event: `asked` for loops, `fd` for waits. From the first signal on the process has
+    `limit_s` seconds to end in order; then it is ended."""
+
+    def __init__(self, limit_s: float):
+        self.asked = False
+        self.fd, self._write = os.pipe()
+        self._limit_s = limit_s
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.asked:
+            return
+        self.asked = True
+        os.write(self._write, b".")
+        watchdog = threading.Timer(self._limit_s, os._exit, (1,))
+        watchdog.daemon = True
+        watchdog.start()
+
+    def error(self) -> Stopped:
+        return Stopped("asked to stop")
 
 
 def cores() -> int:

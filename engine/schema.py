@@ -287,9 +287,11 @@ class State(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The coordinator's first message: generators may join at `address`."""
+    """The coordinator's first message: generators may join at `address`. `incarnation` counts the starts of the run:
+    0 for a fresh one, one more after each resume."""
 
     address: str
+    incarnation: int
 
 
 class Evaluated(msgspec.Struct, tag=True, frozen=True):

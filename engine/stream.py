@@ -9,17 +9,25 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
 
-from engine.process import Child
 from engine.schema import SCHEMA_VERSION, Group, decode, encode
 
 
 class Silence(TimeoutError):
     """A peer did not answer within its deadline."""
+
+
+class Watched(Protocol):
+    """What ends a wait besides a message: a file descriptor that becomes readable, and the error that it means."""
+
+    @property
+    def fd(self) -> int: ...
+
+    def error(self) -> Exception: ...
 
 
 def _socket(kind: int) -> zmq.Socket:
@@ -54,19 +62,19 @@ class Link:
         while self.socket.poll(0):
             yield decode([frame.buffer for frame in self.socket.recv_multipart(copy=False)], self._incoming)
 
-    def receive(self, timeout_s: float, phase: str, watch: Iterable[Child] = ()) -> Any:
-        """The next message. Raises `Silence` after `timeout_s` and `ProcessDied` when a watched child has ended;
-        both name `phase`."""
+    def receive(self, timeout_s: float, phase: str, watch: Iterable[Watched] = ()) -> Any:
+        """The next message. Raises `Silence`, which names `phase`, after `timeout_s` seconds, and a watched thing's
+        own error when that happens first."""
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
-        children = {child.pidfd: child for child in watch}
-        for pidfd in children:
-            poller.register(pidfd, zmq.POLLIN)
+        watched = {thing.fd: thing for thing in watch}
+        for fd in watched:
+            poller.register(fd, zmq.POLLIN)
         ready = dict(poller.poll(timeout_s * 1000))
+        for fd in ready.keys() & watched.keys():
+            raise watched[fd].error()
         if self.socket in ready:
             return next(self.drain())
-        for pidfd in ready:
-            raise children[pidfd].died()
         raise Silence(f"{phase}: no answer for {timeout_s:g} s")
 
     def close(self) -> None:

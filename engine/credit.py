@@ -1,0 +1,30 @@
+"""Credit assignment: the scores of whole groups become one advantage a completion."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from engine.algorithms.method import Method
+from engine.schema import Group
+
+Shape = Callable[[Group], np.ndarray]  # penalised scores, float64 [num_samples]
+
+
+def advantages(method: Method, shape: Shape, groups: list[Group]) -> list[np.ndarray]:
+    """The advantage of every completion, float32 [num_samples] for each group.
+
+    Completions without a valid verdict take no part in their group's baseline; theirs is 0, and the packer leaves
+    them out.
+    """
+    valid = [np.array([not verdict.error for verdict in group.verdicts], bool) for group in groups]
+    scores = np.concatenate([shape(group)[kept] for group, kept in zip(groups, valid, strict=True)])
+    number = np.concatenate([np.full(kept.sum(), index) for index, kept in enumerate(valid)])
+    values = method.advantages(torch.from_numpy(scores), torch.from_numpy(number)).float().numpy()
+    result, start = [], 0
+    for kept in valid:
+        filled = np.zeros(len(kept), np.float32)
+        filled[kept] = values[start : start + kept.sum()]
+        start += int(kept.sum())
+        result.append(filled)
+    return result

@@ -1,0 +1,159 @@
+"""The entry: torchrun engine/launch.py CONFIG [--a.b=c ...] [--resume RUN_DIR] [--dry-run]
+
+Checks everything, gives this rank its role and runs it. Without torchrun it is the only rank. Exit code 0: done or
+stopped as asked; 2: a mistake of the user, told in one line; 1: anything else, resumable.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else engine/ itself, shadowing standard modules
+
+import argparse
+import json
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from engine import checkpoint, plan, tokenizer, warm_start
+from engine.algorithms.method import compose
+from engine.algorithms.penalties import compose_penalties
+from engine.config import Config, ConfigError, load
+from engine.learner_loop import Job, Mismatch, learn
+from engine.model import build, check_isolation, describe
+from engine.placement import Seat, join_learners, rendezvous, seat
+from engine.process import ProcessDied, StopSignal, Supervisor, die_with_parent
+from engine.prompts import Prompts
+from engine.run_directory import RunDirectory, check_creatable, check_port, create, reopen
+from engine.stream import Silence
+
+RUN_KEY, ADDRESS_KEY = "leeway/run", "leeway/address"  # in the ranks' store
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="launch.py", description="Asynchronous off-policy reinforcement learning.")
+    parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="continue a run from its last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    arguments, overrides = parser.parse_known_args(argv)
+    for text in overrides:
+        if not text.startswith("--") or "=" not in text:
+            parser.error(f"{text}: an override is --table.key=value")
+    return arguments, overrides
+
+
+def main(argv: list[str]) -> int:
+    arguments, overrides = parse_arguments(argv)
+    lead = int(os.environ.get("RANK", 0)) == 0
+    try:
+        config = load(arguments.config, overrides)
+        place = seat(config)
+        if lead:
+            check(config, place, arguments.resume, dry_run=arguments.dry_run)
+    except ConfigError as error:
+        if lead:
+            print(f"leeway: {error}", file=sys.stderr)
+        return 2
+    if arguments.dry_run:
+        return 0
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    torch.set_num_threads(place.threads)
+    stop = StopSignal(config.deadlines.stop_s)
+    run_rank = learner_rank if place.role == "learner" else generator_rank
+    try:
+        return run_rank(config, place, stop, arguments.resume)
+    except ConfigError as error:
+        print(f"leeway: {error}", file=sys.stderr)
+        return 2
+    except (ProcessDied, Silence, Mismatch) as error:
+        print(f"leeway: {error}", file=sys.stderr)
+        return 1
+
+
+def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> None:
+    """All that can be known before anything is made; on rank 0 alone. Raises `ConfigError`."""
+    compose(config.algorithm)
+    compose_penalties(config.algorithm.penalties)
+    tokens = tokenizer.load(config.model)
+    prompts = Prompts(config, tokens)
+    check_port(config)
+    if resume is None:
+        check_creatable(config)
+    else:
+        reopen(Path(resume), config)
+    if dry_run:
+        print(plan.describe(config, place, _build(config, config.model, tokens), prompts))
+
+
+def _build(config: Config, source: msgspec.Struct, tokens: object) -> torch.nn.Module:
+    """The model that `source` (a [model] table) names, checked for leaks between packed sequences."""
+    policy = build(
+        source, vocab_size=len(tokens), eos_id=tokens.eos_token_id, pad_id=tokens.pad_token_id, seed=config.run.seed
+    )
+    check_isolation(policy)
+    return policy
+
+
+def prepare(config: Config) -> RunDirectory:
+    """A fresh run's directory with its tokenizer and the description of its model, and for a model made here its
+    weights too, warmed up where the configuration says so."""
+    tokens = tokenizer.load(config.model)
+    policy = _build(config, config.model, tokens)
+    if config.warm_start.steps:
+        warm_start.warm_start(config, policy, tokens, Prompts(config, tokens))
+    run = create(config)
+    for name, content in {**tokenizer.files(tokens), **describe(policy)}.items():
+        (run.model / name).write_bytes(content)
+    if config.model.init:
+        policy.save_pretrained(run.model)
+    return run
+
+
+def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> int:
+    store = rendezvous(place, config.deadlines.start_s)
+    if place.rank == 0:
+        run = prepare(config) if resume is None else reopen(Path(resume), config)
+        if store is not None:
+            store.set(RUN_KEY, str(run.path))
+    else:
+        assert store is not None
+        run = RunDirectory(Path(store.get(RUN_KEY).decode()))
+    join_learners(place, store, config.deadlines.collective_s)
+    source = msgspec.structs.replace(config.model, path=str(run.model), init={}) if config.model.init else config.model
+    policy = _build(config, source, tokenizer.load(source))
+    job = Job(config, run, place, stop, policy, None if resume is None else checkpoint.latest(run.path))
+    try:
+        if store is not None and job.lead:
+            store.set(ADDRESS_KEY, job.rollouts.address)
+        reason = learn(job)
+        job.finish(reason)
+    finally:
+        job.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def generator_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> int:
+    """Supervises one generator until the job ends."""
+    store = rendezvous(place, config.deadlines.start_s)
+    assert store is not None
+    address = store.get(ADDRESS_KEY).decode()
+    run = RunDirectory(Path(store.get(RUN_KEY).decode()))
+    run.logs.mkdir(parents=True, exist_ok=True)  # on a host that does not share the run's file system
+    name = f"generator-rank-{place.rank}"
+    supervisor = Supervisor(
+        name, "engine.actor_loop", ["--join", address, "--name", name], run.logs / f"{name}.log", place.child_threads
+    )
+    supervisor.start()
+    supervisor.wait(stop)
+    supervisor.stop(1.0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,257 @@
+"""The learners' loop: take, pack, step, publish; and around it what a job needs before its first and after its last
+step. Every learner rank runs it alike; rank 0 alone talks to the coordinator, the generators and the user."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine import checkpoint, metrics
+from engine.algorithms.penalties import compose_penalties
+from engine.algorithms.method import compose
+from engine.config import Config
+from engine.credit import advantages
+from engine.learner import Learner
+from engine.packer import pack
+from engine.placement import Seat
+from engine.policy import named_tensors
+from engine.process import StopSignal, Supervisor
+from engine.progress import Progress
+from engine.rollouts import Rollouts
+from engine.run_directory import RunDirectory
+from engine.schema import Evaluation, Group, State, Taken, Trained
+from engine.weights import Manifest, Publisher
+
+
+class Mismatch(RuntimeError):
+    """Generator and learner compute different log-probabilities under the same weights."""
+
+
+class Job:
+    """One learner rank's view of a running job."""
+
+    def __init__(self, config: Config, run: RunDirectory, seat: Seat, stop: StopSignal, policy: nn.Module, resume: Path | None):
+        self.config, self.run, self.seat, self.stop = config, run, seat, stop
+        self.lead = seat.rank == 0
+        self.started = time.monotonic()
+        self.method = compose(config.algorithm)
+        self.shape = compose_penalties(config.algorithm.penalties)
+        self.learner = Learner(config, policy, self.method, device=seat.device, directory=run.debug)
+        if resume is not None:
+            checkpoint.load(resume, config, self.learner)
+        self.segment = f"leeway-{run.name}-{seat.rank}-{time.time_ns():x}"
+        dtype = getattr(torch, config.generator.dtype)
+        manifest = Manifest.of(named_tensors(self.learner.model), dtype)
+        self.publisher = Publisher(self.segment, manifest) if self.lead else None
+        self.rollouts = Rollouts(config, run, seat, stop, self.segment, str(resume or ""))
+        self.supervisors = self._start_generators()
+        self.progress = Progress(run.name, config.run.steps, live=config.tracking.progress) if self.lead else None
+        self.recorder = metrics.Recorder(config, run.metrics, run.tensorboard) if self.lead else None
+        self.pace = metrics.Pace()
+        self.evaluations: dict[str, Evaluation] = {}
+        self.max_trained_staleness = 0
+
+    def _start_generators(self) -> list[Supervisor]:
+        supervisors = []
+        for number in range(self.seat.num_children if self.lead else 0):
+            name = f"generator-{number}"
+            arguments = ["--join", self.rollouts.address, "--name", name]
+            log = self.run.logs / f"{name}.log"
+            supervisors.append(Supervisor(name, "engine.actor_loop", arguments, log, self.seat.child_threads))
+            supervisors[-1].start()
+        return supervisors
+
+    # ---- the steps of the loop ----
+
+    def publish(self) -> None:
+        """The weights of `learner.version` to every generator, staged while they sample. Tickets of the groups that
+        made it return when all have applied it."""
+        weights = self.learner.weights()
+        if self.publisher is None:
+            for _ in weights:  # every rank gathers, one writes
+                pass
+        else:
+            digest = self.publisher.publish(self.rollouts.incarnation, self.learner.version, weights)
+            self.rollouts.published(self.learner.version, digest)
+
+    def take(self) -> tuple[Taken | None, float]:
+        """The next groups and the seconds waited for them; None when the job is asked to stop."""
+        started = time.monotonic()
+        taken = self.rollouts.take(self.config.run.groups_per_step, self.learner.version)
+        return taken, time.monotonic() - started
+
+    def step(self, taken: Taken) -> dict[str, Any]:
+        """One take becomes one version."""
+        config, version = self.config, self.learner.version
+        updates = pack(
+            taken.groups,
+            advantages(self.method, self.shape, taken.groups),
+            version=version,
+            max_staleness=config.run.max_staleness,
+            num_ranks=self.seat.num_learners,
+            budget=config.learner.tokens_per_micro_batch,
+            share_prefix=config.learner.share_prefix,
+            num_updates=config.learner.updates_per_step,
+        )
+        report = self.learner.step(updates)
+        skipped = report["skipped_updates"] == len(updates)
+        end, reason = ("failed", "non-finite update") if skipped else ("trained", "")
+        self.rollouts.trained(Trained(self.learner.version, [group.group_id for group in taken.groups], end, reason))
+        stale = sum(update.num_stale_tokens for update in updates)
+        trained = sum(update.num_tokens for update in updates) - stale
+        self.max_trained_staleness = max(self.max_trained_staleness, trained_staleness(taken.groups, version, config))
+        return {**report, "trained_tokens": trained, "stale_tokens": stale, **metrics.rollouts(taken, version)}
+
+    def record(self, taken: Taken, waited_s: float, report: dict[str, Any]) -> None:
+        if self.recorder is None or self.progress is None:
+            return
+        pace = self.pace.step(taken.state, waited_s, report["trained_tokens"])
+        record = {"kind": "step", "step": self.learner.version, **report, **pace}
+        self.recorder.record(record)
+        self.progress.step(record)
+        for evaluation in taken.state.completed_evaluations:
+            self.report_evaluation(evaluation)
+
+    def report_evaluation(self, evaluation: Evaluation) -> None:
+        if self.recorder is None or self.progress is None:
+            return
+        self.evaluations[evaluation.name] = evaluation
+        self.recorder.record(metrics.evaluation_record(evaluation, evaluation.last_version))
+        scores = ", ".join(f"{name} {s.accuracy:.1%} ± {s.stderr:.1%}" for name, s in evaluation.scores.items())
+        span = f"version {evaluation.first_version}"
+        if evaluation.last_version != evaluation.first_version:
+            span = f"versions {evaluation.first_version} to {evaluation.last_version}"
+        self.progress.accuracy(f"evaluation {evaluation.name!r} at {span}: {scores}")
+
+    def evaluate_pinned(self, name: str) -> None:
+        """An evaluation of the newest version alone: nothing is published until it is done."""
+        if not any(domain.eval_prompts for domain in self.config.domains) or not self.config.evaluation.before_after:
+            return
+        self.phase(f"evaluation {name!r}")
+        evaluation = self.rollouts.evaluation(name)
+        if evaluation is not None:
+            self.report_evaluation(evaluation)
+
+    def save(self) -> None:
+        """A checkpoint of this moment, whole or not there at all; generators go on meanwhile."""
+        step = self.learner.version
+        checkpoint.save(self.run.path, self.config, self.learner, lambda path: self.rollouts.save(str(path), step))
+
+    def check_parity(self) -> None:
+        """Generator and learner must agree on fresh tokens. Raises `Mismatch` beyond `learner.parity_bound`."""
+        self.phase("parity of generator and learner")
+        groups = self.rollouts.probe()
+        if not groups:
+            return
+        difference, bound = self.learner.mismatch(groups), self.config.learner.parity_bound
+        if not difference <= bound:
+            raise Mismatch(
+                f"learner.parity_bound = {bound}: generator and learner differ by {difference:.3g} on average in the "
+                f"log-probability of a token at version {self.learner.version}; check dtype, attention and temperature"
+            )
+        if self.recorder is not None:
+            self.recorder.record({"kind": "parity", "step": self.learner.version, "mismatch": difference})
+
+    def phase(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.phase(text)
+
+    # ---- the end ----
+
+    def finish(self, reason: str) -> None:
+        """Export, summary and an orderly end of all processes."""
+        state = self.rollouts.finish(reason)
+        if self.config.checkpoint.export and reason == "done":
+            checkpoint.export(self.learner, self.run.model, self.run.export)
+        if state is not None and reason == "done":
+            summary = self.summary(state)
+            self.run.summary.write_text(json.dumps(summary, indent=2))
+            self.show(summary)
+
+    def summary(self, state: State) -> dict[str, Any]:
+        before, after = self.evaluations.get("before"), self.evaluations.get("after")
+        score = after.scores["all"] if after else None
+        return {
+            "accuracy_before": before.scores["all"].accuracy if before else None,
+            "accuracy_after": score.accuracy if score else None,
+            "accuracy_stderr": score.stderr if score else None,
+            "domains": {
+                name: {"before": before.scores[name].accuracy, "after": after.scores[name].accuracy}
+                for name in (after.scores if before and after else {})
+                if before and after and name != "all"
+            },
+            "wall_s": time.monotonic() - self.started,
+            "steps": self.learner.version,
+            "trained_tokens": self.pace.trained_tokens,
+            "generated_tokens": state.generated_tokens,
+            "max_trained_staleness": self.max_trained_staleness,
+            "groups": state.ends,
+            "learner_idle": self.pace.learner_idle,
+            "generator_idle": self.pace.generator_idle,
+        }
+
+    def show(self, summary: dict[str, Any]) -> None:
+        assert self.progress is not None
+        self.progress.close()
+        if summary["accuracy_after"] is not None and summary["accuracy_before"] is not None:
+            self.progress.say(
+                f"held-out accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%} "
+                f"(± {summary['accuracy_stderr']:.1%})"
+            )
+        self.progress.say(
+            f"{summary['steps']} steps in {summary['wall_s']:.0f} s; {summary['trained_tokens']:,} tokens trained, "
+            f"{summary['generated_tokens']:,} generated; idle {summary['learner_idle']:.0%} learner, "
+            f"{summary['generator_idle']:.0%} generators: "
+            f"{metrics.bottleneck(summary['learner_idle'], summary['generator_idle'])}"
+        )
+        self.progress.say(f"run      {self.run.path}\nmodel    {self.run.export}\nreport   python -m engine.report {self.run.path}")
+
+    def close(self) -> None:
+        """Ends whatever still runs, in an order that leaves nobody waiting; safe to call after any failure."""
+        for supervisor in self.supervisors:
+            supervisor.stop(1.0)
+        self.rollouts.close()
+        if self.publisher is not None:
+            self.publisher.close()
+        if self.recorder is not None:
+            self.recorder.close()
+        if self.progress is not None:
+            self.progress.close()
+
+
+def trained_staleness(groups: list[Group], version: int, config: Config) -> int:
+    """The largest staleness among tokens that carried a gradient."""
+    staleness = np.concatenate([version - group.versions for group in groups])
+    fresh = staleness[staleness <= config.run.max_staleness]
+    return int(fresh.max(initial=0))
+
+
+def learn(job: Job) -> str:
+    """Runs `job` to its last step; "done", or "stopped" when someone asked it to stop."""
+    config, learner = job.config, job.learner
+    job.publish()
+    job.check_parity()
+    if learner.version == 0:
+        job.evaluate_pinned("before")
+        job.save()
+    if job.progress is not None:
+        job.progress.begin(learner.version)
+    while learner.version < config.run.steps:
+        taken, waited_s = job.take()
+        if taken is None:
+            job.save()
+            return "stopped"
+        report = job.step(taken)
+        job.publish()
+        job.record(taken, waited_s, report)
+        if learner.version % config.checkpoint.every == 0 and learner.version < config.run.steps:
+            job.save()
+        if config.evaluation.every and learner.version % config.evaluation.every == 0:
+            job.rollouts.evaluate(f"step {learner.version}")
+    job.save()
+    job.evaluate_pinned("after")
+    return "done"
