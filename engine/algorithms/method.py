@@ -13,17 +13,17 @@ policy is the learner's own at the start of the step; surrogates take their rati
 there is nothing to carry from one to the other, and behaviour stands in for proximal. The reference is frozen.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from engine.algorithms.advantages import ADVANTAGES
 from engine.algorithms.aggregates import AGGREGATES
-from engine.algorithms.corrections import CORRECTIONS
-from engine.algorithms.divergences import DIVERGENCES
-from engine.algorithms.losses import LOSSES
+from engine.algorithms.corrections import CORRECTIONS, none
+from engine.algorithms.divergences import DIVERGENCES, k1
+from engine.algorithms.losses import LOSSES, Surrogate
 from engine.algorithms.ratios import ratio
 from engine.algorithms.segments import Segments
 from engine.algorithms.slots import bind
@@ -49,16 +49,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Method:
-    """The composed algorithm; made by `compose`."""
+    """One function from each slot, with its hyper-parameters bound; made by `compose`."""
 
     advantages: Callable[[Tensor, Tensor], Tensor]  # (rewards [S], group int64 [S]) -> [S]
-    correction: Callable[..., Tensor]
-    surrogate: Callable[..., tuple[Tensor, Tensor]]
-    aggregate: Callable[..., Tensor]
+    correction: Callable[[Tensor, Tensor, Segments], Tensor]
+    surrogate: Callable[[Tensor, Tensor, Tensor, Segments], Surrogate]
+    aggregate: Callable[[Segments, Tensor, int, int], Tensor]
     divergence: Callable[[Tensor, Tensor], Tensor]
-    kl_coefficient: float
-    entropy_coefficient: float
-    needs_proximal: bool  # the learner's log-probabilities at the start of the step
+    kl_coefficient: float  # beta, which `divergence` has multiplied in
+    entropy_coefficient: float  # eta
+    needs_proximal: bool  # the learner's own log-probabilities at the start of the step
 
     @property
     def needs_reference(self) -> bool:
@@ -77,14 +77,73 @@ class Method:
         `num_sequences` count the whole update, on all ranks, stale tokens included: so the update's loss and gradient
         do not depend on how its completions fell into micro-batches. `means` reads the sums.
         """
-        raise NotImplementedError
+        completions = Segments(tokens.sequence, tokens.mask.to(logprob.dtype), len(tokens.lengths))
+        proximal = self._proximal(logprob, tokens)
+
+        phi, clipped = self.surrogate(logprob, proximal, tokens.advantage, completions)
+        w = self.correction(proximal, tokens.behaviour, completions)
+        omega = self.aggregate(completions, tokens.lengths, num_tokens, num_sequences)
+        penalised = w * phi
+        health = _drift(logprob, tokens.behaviour) | {"clipped": clipped, "weight": w, "rejected": w == 0}
+        if self.needs_reference:
+            assert tokens.reference is not None, "this method needs the reference's log-probabilities"
+            beta_k = self.divergence(logprob, tokens.reference)
+            penalised = penalised + beta_k
+            health["kl"] = beta_k / self.kl_coefficient
+        if self.needs_entropy:
+            assert entropy is not None, "this method needs the entropy"
+            penalised = penalised - self.entropy_coefficient * entropy
+        if entropy is not None:
+            health["entropy"] = entropy
+        return (omega * penalised).sum(), _sums(health, completions.mask)
+
+    def _proximal(self, logprob: Tensor, tokens: Tokens) -> Tensor:
+        if not self.needs_proximal:
+            return tokens.behaviour
+        return logprob.detach() if tokens.proximal is None else tokens.proximal
 
 
-def compose(config: Algorithm) -> Method:
-    """The method that a configuration names. Raises `ConfigError` for an unknown name, key or value."""
-    raise NotImplementedError
+def _drift(logprob: Tensor, behaviour: Tensor) -> dict[str, Tensor]:
+    """How far the policy is from the one that sampled, whatever the method makes of it."""
+    rho = ratio(logprob.detach(), behaviour)
+    return {"drift": (logprob.detach() - behaviour).abs(), "ratio": rho, "ratio_squared": rho.square()}
+
+
+def _sums(values: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    return {"tokens": mask.sum()} | {name: (value.detach() * mask).sum() for name, value in values.items()}
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Figures per token from the sums of `Method.loss`, added over micro-batches and ranks."""
-    raise NotImplementedError
+    """Means per token of the sums of `Method.loss`, added over micro-batches and ranks; empty without tokens.
+
+    `clipped` and `rejected` (by the correction) are shares of the tokens; `drift` is |log pi - log pi_behaviour|. The
+    effective sample size is (sum rho)^2 / (N sum rho^2), rho = pi / pi_behaviour: 1 on policy, 1/N at worst.
+    """
+    num_tokens = sums["tokens"]
+    if num_tokens == 0:
+        return {}
+    figures = {name: total / num_tokens for name, total in sums.items() if name not in ("tokens", "ratio_squared")}
+    figures["effective_sample_size"] = sums["ratio"] ** 2 / (num_tokens * sums["ratio_squared"])
+    return figures
+
+
+def compose(config: Algorithm) -> Method:
+    """The method that a configuration names. Raises `ConfigError` for an unknown name or key or a value out of range.
+
+    Warns of k1 with a coefficient: its gradient is noise around zero.
+    """
+    divergence = bind("algorithm.kl", config.kl, DIVERGENCES)
+    kl_coefficient = divergence.keywords["coefficient"]
+    if divergence.func is k1 and kl_coefficient != 0:
+        warnings.warn("algorithm.kl.name = 'k1': has no gradient on average; k2 and k3 do", stacklevel=2)
+    correction = bind("algorithm.correction", config.correction, CORRECTIONS)
+    return Method(
+        advantages=bind("algorithm.advantage", config.advantage, ADVANTAGES),
+        correction=correction,
+        surrogate=bind("algorithm.loss", config.loss, LOSSES),
+        aggregate=bind("algorithm.aggregate", config.aggregate, AGGREGATES),
+        divergence=divergence,
+        kl_coefficient=kl_coefficient,
+        entropy_coefficient=config.entropy,
+        needs_proximal=correction.func is not none,
+    )
