@@ -45,7 +45,7 @@ class Publisher:
                 shape = "" if tensor is None else f" {list(tensor.shape)}"
                 raise WeightsError(f"published {name}{shape}, expected {'none' if entry is None else entry}")
             views[name].copy_(tensor)
-            digest.update(payload[entry.offset : end])  # padding included, from the cache
+            digest.update(payload[entry.offset : end].data)  # padding included, from the cache
         self._segment.commit(slot, incarnation, version, digest.intdigest())
         return digest.hexdigest()
 

@@ -78,7 +78,7 @@ class Subscriber:
         digest = xxhash.xxh3_64()
         try:
             for piece in self._source.read(header, array):
-                digest.update(array[piece])
+                digest.update(array[piece].data)
         except Overwritten:
             return None
         if digest.intdigest() != header.digest:

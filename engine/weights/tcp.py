@@ -41,8 +41,7 @@ class Server:
         self._context = zmq.Context()
         socket = self._context.socket(zmq.ROUTER)
         socket.linger = 0
-        socket.bind(f"tcp://{bind}:*")
-        self.port = int(socket.last_endpoint.rpartition(b":")[2])
+        self.port = socket.bind_to_random_port(f"tcp://{bind}")
         self.num_refused = 0  # requests that could not be read
         self._thread = Thread(target=self._serve, args=(socket,), name="weights-server", daemon=True)
         self._thread.start()
