@@ -1,0 +1,237 @@
+"""Checkpoints: everything a resume needs, in one directory that appears whole or not at all.
+
+    checkpoints/step-40/
+        manifest.json     counters, the settings that a resume must keep, size and hash of every other file
+        learner/          torch distributed checkpoint: model, optimiser, reference; readable by any number of ranks
+        random-RANK.pt    state of each rank's random number generators
+        ...               what the coordinator wrote: cursor, ledger frontier, buffered groups
+
+It is written to `.tmp-40` and renamed once every file is on disk. A directory whose files do not match its manifest
+is never chosen.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
+
+from engine import parallel
+from engine.config import Config, ConfigError
+from engine.learner import Learner
+from engine.schema import SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+PIECE = 1 << 24  # bytes hashed at a time
+
+
+class File(msgspec.Struct, frozen=True):
+    size: int
+    xxh3: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a checkpoint holds and where the run stood."""
+
+    schema_version: int
+    step: int
+    version: int
+    updates: int
+    bad_updates: int
+    bad_in_a_row: int
+    num_ranks: int
+    identity: dict[str, Any]  # the configuration's fields that a resume must not change
+    files: dict[str, File]
+
+
+def save(run: Path, config: Config, learner: Learner, write_rest: Callable[[Path], None] = lambda folder: None) -> Path:
+    """Writes `run`/checkpoints/step-N and removes all but the newest `checkpoint.keep`. Collective.
+
+    Rank 0 calls `write_rest(folder)` for the files of others before the directory is sealed.
+    """
+    parent = run / "checkpoints"
+    folder, final = parent / f".tmp-{learner.steps}", parent / f"step-{learner.steps}"
+    if parallel.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_rest(folder)
+    parallel.barrier()
+    dcp.save(learner.state(), checkpoint_id=folder / "learner", no_dist=parallel.num_ranks() == 1)
+    torch.save(_random_state(), folder / f"random-{parallel.rank()}.pt")
+    parallel.barrier()
+    if parallel.rank() == 0:
+        (folder / MANIFEST).write_bytes(msgspec.json.encode(_manifest(config, learner, folder)))
+        _publish(folder, final)
+        for old in _newest_first(parent)[config.checkpoint.keep :]:
+            shutil.rmtree(old)
+    parallel.barrier()
+    return final
+
+
+def load(path: Path, config: Config, learner: Learner) -> Manifest:
+    """Brings `learner` to the state in `path`, a directory that `latest` chose. Collective.
+
+    Random states are restored for the ranks that were there. Raises `ConfigError` where the checkpoint is of another
+    schema or of a run whose model, data or algorithm differ.
+    """
+    manifest = read(path)
+    check(manifest, config)
+    state = learner.state()
+    dcp.load(state, checkpoint_id=path / "learner", no_dist=parallel.num_ranks() == 1)
+    learner.load(state)
+    learner.steps, learner.version, learner.updates = manifest.step, manifest.version, manifest.updates
+    learner.bad_updates, learner.bad_in_a_row = manifest.bad_updates, manifest.bad_in_a_row
+    saved = path / f"random-{parallel.rank()}.pt"
+    if saved.exists():
+        _restore_random_state(torch.load(saved))
+    return manifest
+
+
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint of `run`; None where there is none."""
+    return next((path for path in _newest_first(run / "checkpoints") if is_whole(path)), None)
+
+
+def read(path: Path) -> Manifest:
+    """The manifest of the checkpoint in `path`."""
+    return msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every file that the manifest in `path` names is there with its size and hash."""
+    try:
+        manifest = read(path)
+        return all(_file(path / name) == file for name, file in manifest.files.items())
+    except (OSError, msgspec.DecodeError):
+        return False
+
+
+def check(manifest: Manifest, config: Config) -> None:
+    """Raises `ConfigError` naming the first field in which a resume with `config` would be another run."""
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ConfigError(
+            f"resume: the checkpoint has schema version {manifest.schema_version}, this program {SCHEMA_VERSION}"
+        )
+    now = identity(config)
+    for field in sorted(manifest.identity.keys() | now.keys()):
+        before, after = manifest.identity.get(field), now.get(field)
+        if before != after:
+            raise ConfigError(f"{field} = {after!r}: a resume must keep the run's own value, {before!r}")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The fields, dotted, that make a run what it is: model, data, algorithm and how completions are drawn.
+
+    Steps, intervals, budgets, deadlines and everything about machines may differ between a run and its resume.
+    """
+    kept = {
+        "model": config.model,
+        "domains": config.domains,
+        "algorithm": config.algorithm,
+        "run.seed": config.run.seed,
+        "run.group_size": config.run.group_size,
+        "generator.temperature": config.generator.temperature,
+    }
+    return dict(_leaves("", msgspec.to_builtins(kept)))
+
+
+def export(learner: Learner, directory: Path, files: dict[str, bytes]) -> None:
+    """Writes the policy in Hugging Face format, with `files` (the tokenizer's) beside it. Collective."""
+    weights = dict(learner.weights())
+    if parallel.rank() == 0:
+        learner.model.save_pretrained(directory, state_dict=weights)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------
+
+
+def _manifest(config: Config, learner: Learner, folder: Path) -> Manifest:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        step=learner.steps,
+        version=learner.version,
+        updates=learner.updates,
+        bad_updates=learner.bad_updates,
+        bad_in_a_row=learner.bad_in_a_row,
+        num_ranks=parallel.num_ranks(),
+        identity=identity(config),
+        files={str(path.relative_to(folder)): _file(path) for path in files},
+    )
+
+
+def _file(path: Path) -> File:
+    hasher = xxhash.xxh3_64()
+    with path.open("rb") as content:
+        while piece := content.read(PIECE):
+            hasher.update(piece)
+    return File(path.stat().st_size, hasher.hexdigest())
+
+
+def _publish(folder: Path, final: Path) -> None:
+    """Forces `folder` to disk and renames it to `final`; what stood there stays a candidate until then."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+    displaced = final.with_name(f"{final.name}.old")
+    shutil.rmtree(displaced, ignore_errors=True)
+    if final.exists():
+        final.rename(displaced)
+    folder.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(displaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _newest_first(parent: Path) -> list[Path]:
+    """The directories named step-N, and step-N.old after its step-N."""
+
+    def order(path: Path) -> tuple[int, bool]:
+        return int(path.stem.removeprefix("step-")), path.suffix == ""
+
+    return sorted(parent.glob("step-*"), key=order, reverse=True)
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested dicts and lists that is neither."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), inner)
+    else:
+        yield prefix, value
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's generators, as types that `torch.load` accepts unseen."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    kind, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

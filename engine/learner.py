@@ -1,0 +1,263 @@
+"""The learner: forward, loss, backward and optimiser steps, on one rank or sharded over many."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint.state_dict as torch_state
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engine import parallel
+from engine.algorithms.method import Method, means
+from engine.config import Config
+from engine.config import Learner as LearnerConfig
+from engine.packer import MicroBatch, Update, pack
+from engine.policy import Batch, Policy, blocks, named_tensors, recompute_activations
+from engine.schema import Group
+
+SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rate, by the share of updates made
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+
+
+class NonFinite(RuntimeError):
+    """Too many updates in a row had a loss or a gradient that is infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one update, summed over micro-batches and ranks."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    sums: dict[str, float]  # of `Method.loss`
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Learner:
+    """Owns the policy and its optimiser. With several ranks, each of them calls every method, in the same order.
+
+    `version` counts publishes and `steps` takes; `updates` counts optimiser steps, `bad_updates` those skipped because
+    loss or gradient was not finite.
+    """
+
+    def __init__(self, config: Config, model: PreTrainedModel, method: Method, *, device: str, directory: Path):
+        """`model` moves to `device` and is sharded in place; the reference policy is a copy of it as it is now.
+
+        The batches of skipped updates are kept in `directory`.
+        """
+        self._config = config.learner
+        self._total_updates = config.run.steps * config.learner.updates_per_step
+        self._method = method
+        self._device = torch.device(device)
+        self._directory = directory
+        self.version = self.steps = self.updates = self.bad_updates = self.bad_in_a_row = 0
+        self.model = model.to(self._device).eval()  # no dropout: generators sample without it
+        place = partial(self._place, temperature=config.generator.temperature)
+        self._reference = place(copy.deepcopy(model).requires_grad_(False)) if method.needs_reference else None
+        if config.learner.activation_checkpointing:
+            recompute_activations(model)
+        self._policy = place(model, entropy_gradient=method.needs_entropy)
+        self._optimizer = adamw(model, config.learner)
+
+    def _place(self, model: PreTrainedModel, **options: Any) -> Policy:
+        policy = Policy(model, **options)
+        if parallel.num_ranks() > 1 or self._device.type == "cuda":
+            parallel.shard(policy, blocks(model), mixed_precision=self._config.mixed_precision)
+        return policy
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def step(self, updates: list[Update]) -> dict[str, float]:
+        """Trains on one take and moves to the next version. Returns the step's metrics, equal on all ranks.
+
+        Raises `NonFinite` after `learner.max_bad_updates` skipped updates in a row.
+        """
+        proximals = self._proximals(updates)
+        outcomes = [self._update(update, old) for update, old in zip(updates, proximals, strict=True)]
+        self.version += 1
+        self.steps += 1
+        tokens = {
+            "num_tokens": sum(update.num_tokens for update in updates),
+            "num_stale_tokens": sum(update.num_stale_tokens for update in updates),
+        }
+        return summary(outcomes) | tokens | {"lr": self._optimizer.param_groups[0]["lr"]}
+
+    def _proximals(self, updates: list[Update]) -> list[list[Tensor | None]]:
+        """The log-probabilities at the start of the step, by update and micro-batch; None where nothing needs them or
+        the policy has not moved yet, so that its own ones are the same."""
+        first, *later = updates
+        unneeded = [[None] * len(self._mine(update)) for update in later]
+        return [
+            [None] * len(self._mine(first)),
+            *([self._logprobs(update) for update in later] if self._method.needs_proximal else unneeded),
+        ]
+
+    def _update(self, update: Update, proximals: list[Tensor | None]) -> "Outcome":
+        """One optimiser step, or none where loss or gradient is not finite on some rank."""
+        names: list[str] = []
+        total = torch.zeros((), device=self._device, dtype=torch.float64)
+        for micro, proximal in zip(self._mine(update), proximals, strict=True):
+            batch = Batch.of(micro, self._device)
+            loss, sums = self._policy(batch, partial(self._objective, batch, update, proximal))
+            loss.backward()
+            names = list(sums)
+            total = total + torch.stack([loss.detach(), *sums.values()]).double()
+        gradients = [parallel.shards(p.grad) for p in self._policy.parameters() if p.grad is not None]
+        square = torch.nn.utils.get_total_norm(gradients).double().square()
+        # The update's one wait for the device, and its one collective besides FSDP's.
+        square, loss, *values = parallel.summed(torch.cat([square.view(1), total])).tolist()
+        outcome = Outcome(loss, math.sqrt(square), dict(zip(names, values, strict=True)))
+        if outcome.is_finite:
+            self._apply(gradients, outcome.grad_norm)
+        else:
+            self._skip(update, outcome)
+        return outcome
+
+    def _objective(
+        self, batch: Batch, update: Update, proximal: Tensor | None, logprob: Tensor, entropy: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, sums for metrics) of one micro-batch; those of all micro-batches and ranks add up to the update's."""
+        reference = None
+        if self._reference is not None:
+            with torch.no_grad():
+                reference, _ = self._reference(batch)
+        tokens = replace(batch.tokens, proximal=proximal, reference=reference)
+        return self._method.loss(
+            logprob, entropy, tokens, num_tokens=update.num_tokens, num_sequences=update.num_sequences
+        )
+
+    def _apply(self, gradients: list[Tensor], norm: float) -> None:
+        if norm > self._config.clip_norm:
+            torch._foreach_mul_(gradients, self._config.clip_norm / norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._config, self.updates, self._total_updates)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.updates += 1
+        self.bad_in_a_row = 0
+
+    def _skip(self, update: Update, outcome: "Outcome") -> None:
+        """Leaves parameters and optimiser as they are and keeps this rank's part of the batch."""
+        broken = [name for name, p in self.model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
+        self._optimizer.zero_grad()
+        self.bad_updates += 1
+        self.bad_in_a_row += 1
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"bad_update_{self.bad_updates}_rank_{parallel.rank()}.pt"
+        batches = [_tensors(micro) for micro in self._mine(update)]
+        kept = {"version": self.version, "outcome": vars(outcome), "parameters": broken, "micro_batches": batches}
+        torch.save(kept, path)
+        if self.bad_in_a_row >= self._config.max_bad_updates:
+            raise NonFinite(
+                f"{self.bad_in_a_row} updates in a row were not finite (loss {outcome.loss}, gradient norm "
+                f"{outcome.grad_norm}) at version {self.version}; the last batch is in {path}"
+            )
+
+    def _mine(self, update: Update) -> list[MicroBatch]:
+        return update.micro_batches[parallel.rank()]
+
+    # ---- scoring -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _logprobs(self, update: Update) -> list[Tensor]:
+        """The log-probabilities [N] of each of this rank's micro-batches under the current weights."""
+        scores = [self._policy(Batch.of(micro, self._device))[0] for micro in self._mine(update)]
+        parallel.release(self._policy)
+        return scores
+
+    def mismatch(self, groups: list[Group]) -> float:
+        """The mean |log-probability difference| between the generator's record of `groups` and this policy, in nats
+        a token: numerical noise where the groups were sampled with the weights of now."""
+        update = pack(
+            groups,
+            [np.zeros(group.num_samples, np.float32) for group in groups],
+            version=self.version,
+            max_staleness=self.version,
+            num_ranks=parallel.num_ranks(),
+            budget=self._config.tokens_per_micro_batch,
+            share_prefix=self._config.share_prefix,
+            num_updates=1,
+        )[0]
+        total = torch.zeros(2, device=self._device, dtype=torch.float64)
+        for micro, logprob in zip(self._mine(update), self._logprobs(update), strict=True):
+            mask = torch.from_numpy(micro.mask).to(self._device).double()
+            behaviour = torch.from_numpy(micro.behaviour).to(self._device)
+            total += torch.stack([((logprob - behaviour).abs() * mask).sum(), mask.sum()])
+        difference, tokens = parallel.summed(total).tolist()
+        return difference / tokens
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model, whole, by its Hugging Face name, a tied one once. On one rank these are the live
+        tensors: copy them before the next step."""
+        for name, tensor in named_tensors(self.model):
+            yield name, parallel.whole(tensor)
+
+    def state(self) -> dict[str, Any]:
+        """Model, optimiser and reference, shards where sharded; names do not depend on the number of ranks."""
+        model, optimizer = torch_state.get_state_dict(self.model, self._optimizer)
+        reference = {} if self._reference is None else torch_state.get_model_state_dict(self._reference.model)
+        return {"model": model, "optimizer": optimizer, "reference": reference}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes what `state` gave, possibly on another number of ranks."""
+        torch_state.set_state_dict(
+            self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        if self._reference is not None:
+            torch_state.set_model_state_dict(self._reference.model, state["reference"])
+
+
+def adamw(model: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
+    """AdamW over `model`; matrices decay, vectors (norms and biases) do not."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(config: LearnerConfig, updates: int, total: int) -> float:
+    """The rate of the update after `updates` ones: a linear rise over `warmup_steps`, then the schedule until
+    `total`."""
+    if updates < config.warmup_steps:
+        return config.lr * (updates + 1) / config.warmup_steps
+    progress = (updates - config.warmup_steps) / max(1, total - config.warmup_steps)
+    return config.lr * SCHEDULES[config.schedule](min(1.0, progress))
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, float]:
+    """One step's metrics from its updates; those that were skipped only count as such, unless all were."""
+    finite = [outcome for outcome in outcomes if outcome.is_finite]
+    shown = finite or outcomes
+    sums = {name: sum(outcome.sums[name] for outcome in shown) for name in shown[0].sums}
+    return means(sums) | {
+        "loss": sum(outcome.loss for outcome in shown) / len(shown),
+        "grad_norm": max(outcome.grad_norm for outcome in shown),
+        "skipped_updates": len(outcomes) - len(finite),
+    }
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    return bool(parallel.shards(gradient).isfinite().all())
+
+
+def _tensors(micro: MicroBatch) -> dict[str, Any]:
+    """`micro` as `torch.load` reads it back without unpickling classes."""
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vars(micro).items()}
