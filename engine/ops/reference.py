@@ -1,5 +1,6 @@
 """The compiled operations in plain Python: slow, short, and what the tests hold the fast ones to."""
 
+from bisect import insort
 from collections.abc import Sequence
 
 PATIENCE = 8192  # bins passed over in one plan
@@ -39,15 +40,16 @@ def _best_fit(costs: Sequence[int], budget: int) -> list[int]:
 
 def _level(costs: Sequence[int], work: Sequence[float], budget: int, num_bins: int) -> list[int]:
     """The bin of each unit: heaviest first, into the least work that has room. Empty where the bins are too full."""
-    bins, room, load = [0] * len(costs), [budget] * num_bins, [0.0] * num_bins
-    patience = PATIENCE
+    bins, room, patience = [0] * len(costs), [budget] * num_bins, PATIENCE
+    lightest = [(0.0, b) for b in range(num_bins)]
+    smallest = min(costs, default=0)
     for unit in _descending(work):
-        lightest = sorted((load[b], b) for b in range(num_bins) if room[b] >= min(costs))
-        fits = [room[b] >= costs[unit] for _, b in lightest]
-        patience -= fits.index(True) if True in fits else patience + 1
+        passed = next((i for i, (_, b) in enumerate(lightest) if room[b] >= costs[unit]), PATIENCE + 1)
+        patience -= passed
         if patience < 0:
             return []
-        bins[unit] = lightest[fits.index(True)][1]
+        load, bins[unit] = lightest.pop(passed)
         room[bins[unit]] -= costs[unit]
-        load[bins[unit]] += work[unit]
+        if room[bins[unit]] >= smallest:
+            insort(lightest, (load + work[unit], bins[unit]))
     return bins
