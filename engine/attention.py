@@ -166,16 +166,16 @@ class _SharedPrefix(torch.autograd.Function):
         heads, kv_heads = query.shape[0], key.shape[0]
         q, k, v = _rows(query), _rows(key), _rows(value)
         q_pad, k_pad, v_pad = (
-            q[layout.pad],
-            _repeat(k[layout.pad], heads, kv_heads),
-            _repeat(v[layout.pad], heads, kv_heads),
+            q.index_select(0, layout.pad),
+            _repeat(k.index_select(0, layout.pad), heads, kv_heads),
+            _repeat(v.index_select(0, layout.pad), heads, kv_heads),
         )
         outs, lses = [q.new_empty(0, q.shape[1])], [q.new_empty(0, heads, dtype=_lse_dtype(q))]
         for bucket in layout.buckets:
             o, lse = _flash(*(bucket.cut(x, heads) for x in (q_pad, k_pad, v_pad)), 0.0, True, scale=scale)
             outs.append(_flat(o))
             lses.append(lse.transpose(1, 2).reshape(-1, heads))
-        out, lse = torch.cat(outs)[layout.unpad], torch.cat(lses)[layout.unpad]
+        out, lse = (torch.cat(x).index_select(0, layout.unpad) for x in (outs, lses))
         for fork in layout.forks:
             q2, k2, v2 = _fork_views(fork, q, k, v, heads, kv_heads)
             o2, l2 = _flash(q2, k2, v2, 0.0, False, scale=scale)
@@ -193,19 +193,19 @@ class _SharedPrefix(torch.autograd.Function):
         layout, scale, (heads, kv_heads) = ctx.layout, ctx.scale, ctx.heads
         grad = grads[0].reshape(len(out), -1)
         q_pad, k_pad, v_pad = (
-            q[layout.pad],
-            _repeat(k[layout.pad], heads, kv_heads),
-            _repeat(v[layout.pad], heads, kv_heads),
+            q.index_select(0, layout.pad),
+            _repeat(k.index_select(0, layout.pad), heads, kv_heads),
+            _repeat(v.index_select(0, layout.pad), heads, kv_heads),
         )
         # exp(score - inf) = 0: an empty place of a block gives no gradient to the keys before it
-        lse_pad = lse[layout.pad].masked_fill_(layout.pads.unsqueeze(1), torch.inf)
-        grad_pad, out_pad = grad[layout.pad], out[layout.pad]
+        lse_pad = lse.index_select(0, layout.pad).masked_fill_(layout.pads.unsqueeze(1), torch.inf)
+        grad_pad, out_pad = grad.index_select(0, layout.pad), out.index_select(0, layout.pad)
         parts: list[tuple[Tensor, ...]] = [(q[:0], q[:0], q[:0])]
         for bucket in layout.buckets:
             blocks = [bucket.cut(x, heads) for x in (grad_pad, q_pad, k_pad, v_pad, out_pad, lse_pad)]
             part = _flash_backward(*blocks[:5], blocks[5][..., 0], 0.0, True, scale=scale)
             parts.append(tuple(_flat(x) for x in part))
-        dq, dk, dv = (torch.cat(x)[layout.unpad] for x in zip(*parts, strict=True))
+        dq, dk, dv = (torch.cat(x).index_select(0, layout.unpad) for x in zip(*parts, strict=True))
         dk, dv = (x.view(len(x), kv_heads, heads // kv_heads, -1).sum(2).flatten(1) for x in (dk, dv))
         for fork in layout.forks:
             q2, k2, v2 = _fork_views(fork, q, k, v, heads, kv_heads)
