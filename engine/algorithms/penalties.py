@@ -25,9 +25,7 @@ def overlong(
     return scores - np.clip((lengths - (limit - buffer)) / buffer, 0.0, 1.0)
 
 
-def truncated_zero(
-    scores: np.ndarray, lengths: np.ndarray, truncated: np.ndarray, solved: np.ndarray
-) -> np.ndarray:
+def truncated_zero(scores: np.ndarray, lengths: np.ndarray, truncated: np.ndarray, solved: np.ndarray) -> np.ndarray:
     """0 for a completion that was cut off, whatever its score."""
     return np.where(truncated, 0.0, scores)
 
