@@ -1,7 +1,7 @@
 """Checkpoints: everything a resume needs, in one directory that appears whole or not at all.
 
     checkpoints/step-40/
-        manifest.json     counters, the settings that a resume must keep, size and hash of every other file
+        manifest.json     schema version, counters, size and hash of every other file
         learner/          torch distributed checkpoint: model, optimiser, reference; readable by any number of ranks
         random-RANK.pt    state of each rank's random number generators
         ...               what the coordinator wrote: cursor, ledger frontier, buffered groups
@@ -13,15 +13,16 @@ is never chosen.
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from engine import parallel
 from engine.config import Config, ConfigError
@@ -47,7 +48,6 @@ class Manifest(msgspec.Struct, frozen=True):
     bad_updates: int
     bad_in_a_row: int
     num_ranks: int
-    identity: dict[str, Any]  # the configuration's fields that a resume must not change
     files: dict[str, File]
 
 
@@ -59,15 +59,16 @@ def save(run: Path, config: Config, learner: Learner, write_rest: Callable[[Path
     parent = run / "checkpoints"
     folder, final = parent / f".tmp-{learner.steps}", parent / f"step-{learner.steps}"
     if parallel.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        for torn in parent.glob(".tmp-*"):
+            shutil.rmtree(torn)
         folder.mkdir(parents=True)
         write_rest(folder)
     parallel.barrier()
-    dcp.save(learner.state(), checkpoint_id=folder / "learner", no_dist=parallel.num_ranks() == 1)
+    save_shards(learner.state(), checkpoint_id=folder / "learner", no_dist=parallel.num_ranks() == 1)
     torch.save(_random_state(), folder / f"random-{parallel.rank()}.pt")
     parallel.barrier()
     if parallel.rank() == 0:
-        (folder / MANIFEST).write_bytes(msgspec.json.encode(_manifest(config, learner, folder)))
+        (folder / MANIFEST).write_bytes(msgspec.json.encode(_manifest(learner, folder)))
         _publish(folder, final)
         for old in _newest_first(parent)[config.checkpoint.keep :]:
             shutil.rmtree(old)
@@ -75,16 +76,19 @@ def save(run: Path, config: Config, learner: Learner, write_rest: Callable[[Path
     return final
 
 
-def load(path: Path, config: Config, learner: Learner) -> Manifest:
+def load(path: Path, learner: Learner) -> Manifest:
     """Brings `learner` to the state in `path`, a directory that `latest` chose. Collective.
 
-    Random states are restored for the ranks that were there. Raises `ConfigError` where the checkpoint is of another
-    schema or of a run whose model, data or algorithm differ.
+    Any number of ranks reads what any number wrote; the random states are those of the ranks that were there. Raises
+    `ConfigError` for a checkpoint of another schema.
     """
     manifest = read(path)
-    check(manifest, config)
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ConfigError(
+            f"--resume = {path}: its schema version is {manifest.schema_version}, this program reads {SCHEMA_VERSION}"
+        )
     state = learner.state()
-    dcp.load(state, checkpoint_id=path / "learner", no_dist=parallel.num_ranks() == 1)
+    load_shards(state, checkpoint_id=path / "learner", no_dist=parallel.num_ranks() == 1)
     learner.load(state)
     learner.steps, learner.version, learner.updates = manifest.step, manifest.version, manifest.updates
     learner.bad_updates, learner.bad_in_a_row = manifest.bad_updates, manifest.bad_in_a_row
@@ -113,48 +117,22 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def check(manifest: Manifest, config: Config) -> None:
-    """Raises `ConfigError` naming the first field in which a resume with `config` would be another run."""
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise ConfigError(
-            f"resume: the checkpoint has schema version {manifest.schema_version}, this program {SCHEMA_VERSION}"
-        )
-    now = identity(config)
-    for field in sorted(manifest.identity.keys() | now.keys()):
-        before, after = manifest.identity.get(field), now.get(field)
-        if before != after:
-            raise ConfigError(f"{field} = {after!r}: a resume must keep the run's own value, {before!r}")
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """The fields, dotted, that make a run what it is: model, data, algorithm and how completions are drawn.
-
-    Steps, intervals, budgets, deadlines and everything about machines may differ between a run and its resume.
-    """
-    kept = {
-        "model": config.model,
-        "domains": config.domains,
-        "algorithm": config.algorithm,
-        "run.seed": config.run.seed,
-        "run.group_size": config.run.group_size,
-        "generator.temperature": config.generator.temperature,
-    }
-    return dict(_leaves("", msgspec.to_builtins(kept)))
-
-
-def export(learner: Learner, directory: Path, files: dict[str, bytes]) -> None:
-    """Writes the policy in Hugging Face format, with `files` (the tokenizer's) beside it. Collective."""
+def export(learner: Learner, source: Path, directory: Path) -> None:
+    """Writes the policy to `directory` in Hugging Face format, with the tokenizer's files out of `source` beside it.
+    Collective."""
     weights = dict(learner.weights())
     if parallel.rank() == 0:
         learner.model.save_pretrained(directory, state_dict=weights)
-        for name, content in files.items():
-            (directory / name).write_bytes(content)
+        for path in source.iterdir():
+            if "safetensors" not in path.name and not (directory / path.name).exists():
+                shutil.copyfile(path, directory / path.name)
+    parallel.barrier()
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------
 
 
-def _manifest(config: Config, learner: Learner, folder: Path) -> Manifest:
+def _manifest(learner: Learner, folder: Path) -> Manifest:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -164,7 +142,6 @@ def _manifest(config: Config, learner: Learner, folder: Path) -> Manifest:
         bad_updates=learner.bad_updates,
         bad_in_a_row=learner.bad_in_a_row,
         num_ranks=parallel.num_ranks(),
-        identity=identity(config),
         files={str(path.relative_to(folder)): _file(path) for path in files},
     )
 
@@ -207,22 +184,12 @@ def _newest_first(parent: Path) -> list[Path]:
     return sorted(parent.glob("step-*"), key=order, reverse=True)
 
 
-def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in nested dicts and lists that is neither."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in items:
-            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), inner)
-    else:
-        yield prefix, value
-
-
 def _random_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's generators, as types that `torch.load` accepts unseen."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

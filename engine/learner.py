@@ -64,7 +64,7 @@ class Learner:
         self._device = torch.device(device)
         self._directory = directory
         self.version = self.steps = self.updates = self.bad_updates = self.bad_in_a_row = 0
-        self.model = model.to(self._device).eval()  # no dropout: generators sample without it
+        self.model = model.eval().to(device=self._device)  # no dropout: generators sample without it
         place = partial(self._place, temperature=config.generator.temperature)
         self._reference = place(copy.deepcopy(model).requires_grad_(False)) if method.needs_reference else None
         if config.learner.activation_checkpointing:
@@ -98,11 +98,10 @@ class Learner:
     def _proximals(self, updates: list[Update]) -> list[list[Tensor | None]]:
         """The log-probabilities at the start of the step, by update and micro-batch; None where nothing needs them or
         the policy has not moved yet, so that its own ones are the same."""
-        first, *later = updates
-        unneeded = [[None] * len(self._mine(update)) for update in later]
+        moved = [self._method.needs_proximal and number > 0 for number in range(len(updates))]
         return [
-            [None] * len(self._mine(first)),
-            *([self._logprobs(update) for update in later] if self._method.needs_proximal else unneeded),
+            [*self._logprobs(update)] if needed else [None] * len(self._mine(update))
+            for update, needed in zip(updates, moved, strict=True)
         ]
 
     def _update(self, update: Update, proximals: list[Tensor | None]) -> "Outcome":

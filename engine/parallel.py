@@ -23,19 +23,20 @@ def shard(root: nn.Module, blocks: list[nn.Module], *, mixed_precision: bool) ->
     Gradients are summed over ranks, not averaged: the loss already divides by the global counts. In mixed precision
     the computation is in bfloat16, the parameters and the reduction of gradients in float32.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     device = next(root.parameters()).device.type
-    mesh = dist.init_device_mesh(device, (num_ranks(),), mesh_dim_names=("learners",))
+    mesh = init_device_mesh(device, (num_ranks(),), mesh_dim_names=("learners",))
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if mixed_precision else None,
         reduce_dtype=torch.float32 if mixed_precision else None,
         cast_forward_inputs=False,  # advantages and log-probabilities must stay in float32
     )
     for module in (*blocks, root):
-        fully_shard(module, mesh=mesh, mp_policy=precision)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows neither averages nor scaled sums
+        sharded = fully_shard(module, mesh=mesh, mp_policy=precision)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows neither averages nor scaled sums
 
 
 def barrier() -> None:

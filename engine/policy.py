@@ -71,6 +71,7 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, *, temperature: float, entropy_gradient: bool = False):
         super().__init__()
         self.model = model
+        self._num_logits = lm_head(model).weight.shape[0]
         self._temperature = temperature
         self._entropy_gradient = entropy_gradient
 
@@ -86,8 +87,7 @@ class Policy(nn.Module):
 
     def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, from the hidden states [N, H] that predict `targets` [N]."""
-        head = lm_head(self.model)
-        rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        rows = max(1, LOGITS_AT_ONCE // self._num_logits)
         if len(targets) <= rows:
             return self._score_rows(hidden, targets)
         pieces = [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 from engine import config as configuration
 from engine.algorithms.method import Method, compose
@@ -95,7 +95,7 @@ def take(config: Config, batch: list[Group], num_ranks: int = 1) -> list[Update]
 def on_ranks(num_ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`work(rank, *arguments)` in `num_ranks` processes that are one gloo group; their results by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
+        start_processes(
             _on_rank, (num_ranks, folder, work, arguments), nprocs=num_ranks, start_method="forkserver"
         )
         return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(num_ranks)]
