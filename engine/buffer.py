@@ -8,11 +8,14 @@ Otherwise the learner waits for a straggler. Earliest deadline first is optimal:
 choice does.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
+import numpy as np
 
-from engine.schema import Group
+from engine.schema import End, Group
+
+Shape = Callable[[Group], np.ndarray]  # group -> penalised scores, float64 [num_samples]
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -78,6 +81,17 @@ class Buffer:
 def in_time(deadlines: list[int], version: int, groups_per_step: int) -> bool:
     """Whether the takes after `version` can meet all `deadlines`: the i-th earliest (from 0) is taken at
     version + 1 + i // groups_per_step."""
-    return all(
-        version + 1 + place // groups_per_step <= deadline for place, deadline in enumerate(sorted(deadlines))
-    )
+    return all(version + 1 + place // groups_per_step <= deadline for place, deadline in enumerate(sorted(deadlines)))
+
+
+def early_end(group: Group, shape: Shape | None) -> tuple[End | None, str]:
+    """The end of a group that need not enter the buffer, and the reason: too few valid completions; or, with `shape`,
+    penalised scores that are all equal, so that a comparison within the group teaches nothing."""
+    valid = [not verdict.error for verdict in group.verdicts]
+    if sum(valid) < min(2, group.num_samples):
+        first = next(verdict.error for verdict in group.verdicts if verdict.error)
+        return "failed", f"{sum(valid)} valid completions of {group.num_samples}: {first}"
+    if shape is None or group.num_samples == 1:
+        return None, ""
+    scores = shape(group)[valid]
+    return ("filtered", f"all scores {scores[0]:g}") if scores.min() == scores.max() else (None, "")

@@ -1,19 +1,45 @@
 """The state machine between prompts, generators and learner: who holds which group, and what became of it.
 
-Pure and single-threaded: no socket, no clock. Every method takes `now` (monotonic seconds) and commits the ledger
-before it returns, so its answer may be sent at once.
+Pure and single-threaded: no socket, no clock. Methods take `now` (monotonic seconds) and have committed the ledger
+when they return, so what they answer may be sent at once.
+
+A group is drawn when a ticket is free and a generator asks; it is then leased, buffered, taken, trained; or pending
+again after its lease was lost, or filtered, failed or expired on the way. Leases of evaluations and probes need no
+ticket, stand in no ledger row and never meet the buffer.
 """
 
-from collections.abc import Callable
+import heapq
+import itertools
+from collections import Counter
 from typing import Any, Protocol
 
-import numpy as np
+import msgspec
 
-from engine.config import Config
-from engine.ledger import Ledger
-from engine.schema import Ack, Evaluation, Failure, Group, Heartbeat, Kind, Lease, Prompt, State, Taken, Trained
+from engine.buffer import Buffer, Shape, Waiting, early_end
+from engine.config import Config, ConfigError
+from engine.evaluation import Surveys
+from engine.ledger import ENDS, Ledger
+from engine.roster import Roster
+from engine.schema import (
+    Ack,
+    End,
+    Evaluation,
+    Failure,
+    Group,
+    Heartbeat,
+    Kind,
+    Lease,
+    Prompt,
+    State,
+    Taken,
+    Trained,
+)
+from engine.snapshot import Snapshot, pack, unpack
+from engine.task import Task, samplings
+from engine.tickets import Tickets
 
-Shape = Callable[[Group], np.ndarray]  # group -> penalised scores, float64 [num_samples]
+MAX_FAILURES = 3  # leases of one group that end badly before it is given up
+MIN_PROBES = 4  # prompts of the parity check
 
 
 class Prompts(Protocol):
@@ -27,73 +53,379 @@ class Prompts(Protocol):
 
 
 class Coordinator:
-    incarnation: int
-    version: int  # the learner's: that of the newest `Trained`, or the checkpoint's
+    """`version` is the learner's: that of the newest `Trained`, or the checkpoint's."""
 
-    def __init__(self, config: Config, prompts: Prompts, ledger: Ledger, shape: Shape) -> None: ...
+    def __init__(self, config: Config, prompts: Prompts, ledger: Ledger, shape: Shape):
+        self.version = 0
+        self.incarnation = -1
+        self.tickets = Tickets(config.run.max_staleness, config.run.groups_per_step)
+        self.buffer = Buffer(config.run.max_staleness)
+        self.roster = Roster(config.deadlines)
+        self.surveys = Surveys(config)
+        self._sampling = samplings(config)
+        self._config = config
+        self._prompts = prompts
+        self._ledger = ledger
+        self._shape = shape
+        self._leased: dict[tuple[Kind, int], Task] = {}  # in the order of their leases
+        self._pending: list[tuple[int, Task]] = []  # heap: training groups whose lease was lost
+        self._taken: dict[int, Waiting] = {}
+        self._filtered: list[int] = []  # since the last take
+        self._ends: Counter[str] = Counter()
+        self._num_drawn = 0
+        self._round = 0  # leases that the present round may still grant, at max_staleness 0
+        self._survey_turn = False
+
+    # ---- start and checkpoint
 
     def begin(self, now: float, snapshot: bytes | None = None) -> int:
-        """Opens a new incarnation on `snapshot` (None: from nothing) and returns its number. Call it first, once."""
-        ...
+        """Opens a new incarnation on `snapshot` (None: a run from nothing) and returns its number. Called first, once.
+
+        Everything after the snapshot is undone; what was leased then is leased anew, what was buffered or taken is in
+        the buffer. Raises `ConfigError` for a snapshot that this engine or configuration cannot continue.
+        """
+        kept = Snapshot() if snapshot is None else unpack(snapshot)
+        if len(kept.in_flight) > self.tickets.capacity:
+            raise ConfigError(
+                f"run.groups_per_step = {self._config.run.groups_per_step}: the checkpoint holds {len(kept.in_flight)} "
+                f"groups in flight, but there are only {self.tickets.capacity} tickets"
+            )
+        self.incarnation = self._ledger.begin(kept.version, kept.step, kept.num_drawn, kept.in_flight)
+        self.version, self._num_drawn, self.surveys.num_tasks = kept.version, kept.num_drawn, kept.num_surveyed
+        self._filtered, self.surveys.completed = kept.filtered, kept.evaluations
+        self._ends.update({end: count for end, count in self._ledger.counts().items() if end in ENDS})
+        if kept.prompts is not None:
+            self._prompts.restore(kept.prompts)
+        self.tickets.settle(kept.version)
+        for row in self._ledger.in_flight():
+            self.tickets.acquire(row["group_id"])
+            if row["state"] == "pending":
+                task = self._training_task(row["group_id"], row["domain"], row["prompt_index"])
+                task.attempt, task.failures = row["attempt"], row["failures"]
+                heapq.heappush(self._pending, (task.group_id, task))
+        for waiting in kept.waiting:
+            self.buffer.admit(msgspec.structs.replace(waiting, arrived_s=now))
+        for name in kept.surveys:
+            self.evaluate(name, "eval", False, now)
+        return self.incarnation
 
     def snapshot(self, step: int) -> bytes:
-        """Cursor, frontier and buffered groups: all that `begin` needs. The ledger is on disk when this returns."""
-        ...
+        """All that `begin` needs to go on from here. The ledger is on disk when this returns."""
+        self._ledger.sync()
+        return pack(
+            Snapshot(
+                version=self.version,
+                step=step,
+                num_drawn=self._num_drawn,
+                num_surveyed=self.surveys.num_tasks,
+                prompts=self._prompts.state(),
+                in_flight=self._ledger.in_flight(),
+                waiting=[*self._taken.values(), *self.buffer.waiting()],
+                filtered=self._filtered,
+                surveys=self.surveys.under_way(),
+                evaluations=self.surveys.completed,
+            )
+        )
 
     # ---- generators
+
     def has(self, generator: str) -> bool:
-        """Whether the generator is a member; answer a message of one that is not with `Stop`: it joins again."""
-        ...
+        """Whether the generator is a member. One that is not must join again, since what it held went to others."""
+        return generator in self.roster.members
+
+    def members(self) -> list[str]:
+        return list(self.roster.members)
 
     def join(self, generator: str, now: float) -> None:
-        """A generator joins (or joins again: what it held goes back). It is routed once it applied a version."""
-        ...
+        """A generator joins. One that joins again has lost what it held. It is routed once it applied a version."""
+        with self._ledger.transaction():
+            if self.has(generator):
+                self._drop(generator, "its generator started anew", now, blame=True)
+            self.roster.join(generator, now)
+            self._ledger.event("joined", generator=generator)
 
     def leave(self, generator: str, reason: str, now: float) -> None:
-        """A generator left or died; what it held goes to others."""
-        ...
+        """A generator left of its own will; what it held goes to others."""
+        with self._ledger.transaction():
+            self._drop(generator, reason, now, blame=False)
 
-    def request(self, generator: str, num_groups: int, now: float) -> None: ...
-    def applied(self, generator: str, incarnation: int, version: int, now: float) -> None: ...
-    def heartbeat(self, generator: str, beat: Heartbeat, now: float) -> None: ...
+    def request(self, generator: str, num_samples: int, now: float) -> None:
+        """Replaces the generator's earlier request. Groups are granted while it is above 0."""
+        member = self.roster.members[generator]
+        member.seen_s, member.num_wanted = now, num_samples
+
+    def applied(self, generator: str, incarnation: int, version: int, now: float) -> None:
+        """The generator samples with `version` from now on."""
+        self.roster.members[generator].seen_s = now
+        if incarnation != self.incarnation:
+            return
+        self.roster.apply(generator, version, self.tickets.settled, now)
+        self.tickets.settle(self.roster.applied_by_all)
+        with self._ledger.transaction():
+            self._ledger.event("applied", version=version, generator=generator)
+
+    def heartbeat(self, generator: str, beat: Heartbeat, now: float) -> None:
+        """A sign of life. A lease that was granted before the last heartbeat and is not held now never arrived."""
+        member = self.roster.members[generator]
+        held = {(kind, group_id) for kind, group_id, _ in beat.held}
+        lost = [task for task in self._held_by(generator) if task.leased_s < member.beat_s and task.key not in held]
+        member.seen_s = member.beat_s = now
+        member.generated_tokens, member.busy_s, member.idle_s = beat.generated_tokens, beat.busy_s, beat.idle_s
+        if lost:
+            with self._ledger.transaction():
+                for task in lost:
+                    self._give_back(task, "the lease was lost on its way", now, blame=False)
+
     def arrived(self, group: Group, now: float) -> Ack:
-        """Ack with an empty `reason`: the group is accepted (also where it is then filtered or failed)."""
-        ...
+        """Takes a result in, once. An empty `reason` says that it was accepted, also where it ends at once as
+        filtered or failed; otherwise it was refused for good."""
+        if group.generator in self.roster.members:
+            self.roster.members[group.generator].seen_s = now
+        task = self._leased.get((group.kind, group.group_id))
+        reason = self._refusal(group, task)
+        with self._ledger.transaction():
+            if reason or task is None:
+                self._ledger.event("refused", group.group_id, group.lease_version, group.generator, reason)
+            elif reason := task.defect(group, self.roster.published):
+                self._give_back(task, reason, now, blame=True)
+            else:
+                self._accept(group, task, now)
+        return Ack(group.kind, group.group_id, group.attempt, reason)
 
-    def failure(self, generator: str, failure: Failure, now: float) -> Ack: ...
+    def failure(self, generator: str, failure: Failure, now: float) -> Ack:
+        """The generator gives a lease back; another attempt follows, up to `MAX_FAILURES`."""
+        self.roster.members[generator].seen_s = now
+        task = self._leased.get((failure.kind, failure.group_id))
+        if task is not None and task.attempt == failure.attempt and task.generator == generator:
+            with self._ledger.transaction():
+                self._give_back(task, failure.reason, now, blame=True)
+        return Ack(failure.kind, failure.group_id, failure.attempt)
+
     def grants(self, now: float) -> dict[str, list[Lease]]:
-        """The leases to send now, by generator. Call it after any batch of other calls; usually empty."""
-        ...
+        """The leases to send now, by generator; all that can be granted at once. Called after other calls, in any
+        number of them."""
+        granted: dict[str, list[Lease]] = {}
+        pinned = self.surveys.waited_for
+        if self.roster.next_in_line(pinned) is None:
+            return granted
+        with self._ledger.transaction():
+            while generator := self.roster.next_in_line(pinned):
+                task = self._next_task(pinned)
+                if task is None:
+                    break
+                granted.setdefault(generator, []).append(self._grant(task, generator, now))
+        return granted
 
     # ---- learner
+
     def take(self, num_groups: int, version: int, now: float) -> Taken | None:
         """The groups to train at `version`; None: the learner must wait, ask again after the next change."""
-        ...
+        overdue = self.buffer.expire(version)
+        leased_versions = [task.version for task in self._leased.values() if task.kind == "train"]
+        taken = self.buffer.take(num_groups, version, leased_versions)
+        if not overdue and taken is None:
+            return None
+        with self._ledger.transaction():
+            for waiting in overdue:
+                self._end(waiting.group.group_id, "expired", "every token is too old")
+            if taken is None:
+                return None
+            self._taken.update((waiting.group.group_id, waiting) for waiting in taken)
+            self._ledger.taken(version, [waiting.group.group_id for waiting in taken], self._filtered)
+        self._filtered = []
+        return Taken(
+            groups=[waiting.group for waiting in taken],
+            queue_s=[now - waiting.arrived_s for waiting in taken],
+            arrival_versions=[waiting.arrival_version for waiting in taken],
+            state=self.state(now),
+        )
 
-    def trained(self, trained: Trained, now: float) -> None: ...
-    def published(self, version: int, now: float) -> None: ...
+    def trained(self, trained: Trained, now: float) -> None:
+        """A take became `trained.version`. Its tickets return when that is applied everywhere, also after a skipped
+        update: the take has moved the learner on, so new groups at the old version would come too late."""
+        group_ids = [*trained.group_ids, *trained.expired_ids]
+        for group_id in group_ids:
+            del self._taken[group_id]
+        self.version = trained.version
+        self.tickets.hold(group_ids, trained.version)
+        self._ends[trained.end] += len(trained.group_ids)
+        self._ends["expired"] += len(trained.expired_ids)
+        with self._ledger.transaction():
+            self._ledger.ended(trained.group_ids, trained.end, trained.reason)
+            self._ledger.ended(trained.expired_ids, "expired", "every token is too old")
+
+    def published(self, version: int, now: float) -> None:
+        """The weights of `version` lie ready; generators have `publish_s` to apply them or newer ones."""
+        self.roster.publish(version, now)
+        with self._ledger.transaction():
+            self._ledger.event("published", version=version)
+
     def evaluate(self, name: str, kind: Kind, wait: bool, now: float) -> None:
         """Begins an evaluation or a probe. While one with `wait` is open nothing else is leased, and its leases go
         only to generators at the published version."""
-        ...
+        prompts = self._probe_prompts() if kind == "probe" else self._prompts.held_out()
+        self.surveys.begin(name, kind, wait, prompts, now)
 
     def evaluation(self, name: str) -> Evaluation | None:
         """The finished evaluation begun with `wait`, once; None while it goes on."""
-        ...
+        return self.surveys.evaluation(name)
 
     def probe(self, name: str) -> list[Group] | None:
-        """The finished probe, once; None while it goes on."""
-        ...
+        """The groups of a finished probe, once; None while it goes on."""
+        return self.surveys.probe(name)
 
     def state(self, now: float) -> State:
-        """Hands out each evaluation finished without `wait` once."""
-        ...
+        """The counts of this moment. Each evaluation finished without `wait` is handed out once."""
+        completed, self.surveys.completed = self.surveys.completed, []
+        num_leased = sum(task.kind == "train" for task in self._leased.values())
+        in_flight = len(self._pending) + num_leased + len(self.buffer) + len(self._taken)
+        generated_tokens, busy_s, idle_s = self.roster.totals()
+        return State(
+            ends={**{end: self._ends[end] for end in ENDS}, "in_flight": in_flight, "drawn": self._num_drawn},
+            free_tickets=self.tickets.num_free,
+            buffered_groups=len(self.buffer),
+            leased_groups=num_leased,
+            generators={name: member.applied for name, member in self.roster.members.items()},
+            generated_tokens=generated_tokens,
+            generator_busy_s=busy_s,
+            generator_idle_s=idle_s,
+            completed_evaluations=completed,
+        )
 
     # ---- time
+
     def tick(self, now: float) -> list[str]:
         """Takes back what is overdue. Returns a line for every generator dropped or no longer routed."""
-        ...
+        deadline = self.next_deadline()
+        return [] if deadline is None or now < deadline else self._enforce(now)
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do at the earliest."""
-        ...
+        deadlines = [self.roster.next_deadline()]
+        if self._leased:
+            deadlines.append(next(iter(self._leased.values())).leased_s + self._config.deadlines.group_s)
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def _enforce(self, now: float) -> list[str]:
+        deadlines, lines = self._config.deadlines, []
+        with self._ledger.transaction():
+            for name in self.roster.silent(now):
+                self._drop(name, f"silent for {deadlines.lease_s:g} s", now, blame=True)
+                lines.append(f"{name}: silent for {deadlines.lease_s:g} s; its groups go to others")
+            for name in self.roster.late(now):
+                self.roster.members[name].routed = False
+                reason = f"did not apply version {self.roster.published} in {deadlines.publish_s:g} s"
+                self._ledger.event("unrouted", version=self.roster.published, generator=name, detail=reason)
+                lines.append(f"{name}: {reason}; it gets no groups until it does")
+            self.tickets.settle(self.roster.applied_by_all)
+            overdue = itertools.takewhile(lambda task: now - task.leased_s >= deadlines.group_s, self._leased.values())
+            for task in list(overdue):
+                self._give_back(task, f"not finished in {deadlines.group_s:g} s", now, blame=True)
+        return lines
+
+    # ---- leases
+
+    def _next_task(self, surveys_only: bool) -> Task | None:
+        """What to lease next: evaluation and training take turns, unless the learner waits for an evaluation."""
+        self._survey_turn = not self._survey_turn
+        if surveys_only:
+            return self.surveys.next_task()
+        if self._survey_turn:
+            return self.surveys.next_task() or self._next_training()
+        return self._next_training() or self.surveys.next_task()
+
+    def _next_training(self) -> Task | None:
+        if self._config.run.max_staleness == 0 and not self._in_round():
+            return None
+        if self._pending:
+            return heapq.heappop(self._pending)[1]
+        if self.tickets.num_free == 0:
+            return None
+        task = self._training_task(self._num_drawn, *self._prompts.draw())
+        self.tickets.acquire(task.group_id)
+        self._num_drawn += 1
+        return task
+
+    def _in_round(self) -> bool:
+        """At max_staleness 0 groups are leased in rounds: the next begins when every result of the last is in. So
+        which groups are sampled together depends on no result's time of arrival."""
+        if self._round == 0 and not any(task.kind == "train" for task in self._leased.values()):
+            self._round = self.tickets.num_free + len(self._pending)
+        if self._round == 0:
+            return False
+        self._round -= 1
+        return True
+
+    def _training_task(self, group_id: int, domain: str, index: int) -> Task:
+        return Task("train", group_id, self._prompts.prompt(domain, index), *self._sampling["train"])
+
+    def _probe_prompts(self) -> list[Prompt]:
+        """Training prompts of every domain; the cursor stays where it is."""
+        domains = [domain.name for domain in self._config.domains]
+        places = [(domain, index) for index in range(-(-MIN_PROBES // len(domains))) for domain in domains]
+        return [self._prompts.prompt(domain, index) for domain, index in places]
+
+    def _grant(self, task: Task, generator: str, now: float) -> Lease:
+        task.attempt += 1
+        task.generator, task.version, task.leased_s = generator, self.roster.newest_applied, now
+        self.roster.members[generator].num_wanted -= task.num_samples
+        self._leased[task.key] = task
+        lease = task.lease(self._config.run.seed)
+        if task.kind == "train":
+            self._ledger.leased(lease, generator)
+        return lease
+
+    def _held_by(self, generator: str) -> list[Task]:
+        return [task for task in self._leased.values() if task.generator == generator]
+
+    def _drop(self, generator: str, reason: str, now: float, blame: bool) -> None:
+        for task in self._held_by(generator):
+            self._give_back(task, reason, now, blame)
+        self.roster.leave(generator)
+        self.tickets.settle(self.roster.applied_by_all)
+        self._ledger.event("left", generator=generator, detail=reason)
+
+    def _give_back(self, task: Task, reason: str, now: float, blame: bool) -> None:
+        """The lease is over without a result. With `blame` that may be the group's own fault, and so is not repeated
+        for ever."""
+        del self._leased[task.key]
+        task.failures += blame
+        given_up = task.failures >= MAX_FAILURES
+        if task.kind != "train":
+            self.surveys.give_up(task, now) if given_up else self.surveys.give_back(task)
+            return
+        self._ledger.returned(task.group_id, task.failures, task.generator, reason)
+        if given_up:
+            self._end(task.group_id, "failed", f"{task.failures} attempts; the last: {reason}")
+        else:
+            heapq.heappush(self._pending, (task.group_id, task))
+
+    # ---- results
+
+    def _refusal(self, group: Group, task: Task | None) -> str:
+        """Why a result is not of a present lease; empty where it is."""
+        if group.incarnation != self.incarnation:
+            return f"incarnation {group.incarnation} is over"
+        if task is None:
+            return "no longer leased"
+        return "" if group.attempt == task.attempt else f"attempt {task.attempt} took its place"
+
+    def _accept(self, group: Group, task: Task, now: float) -> None:
+        del self._leased[task.key]
+        if group.kind != "train":
+            self.surveys.add(task, group, now)
+            return
+        self._ledger.arrived(group)
+        end, reason = early_end(group, self._shape if self._config.algorithm.filter_uniform else None)
+        if end is None:
+            self.buffer.admit(Waiting(group, now, self.version))
+        else:
+            self._end(group.group_id, end, reason)
+
+    def _end(self, group_id: int, end: End, reason: str) -> None:
+        """A group ends before any take."""
+        self.tickets.release(group_id)
+        self._ends[end] += 1
+        self._ledger.ended([group_id], end, reason)
+        if end == "filtered":
+            self._filtered.append(group_id)

@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS incarnations (
 CREATE TABLE IF NOT EXISTS groups (
     group_id INTEGER PRIMARY KEY, domain TEXT, prompt_index INTEGER, state TEXT, incarnation INTEGER,
     attempt INTEGER, failures INTEGER DEFAULT 0, generator TEXT, lease_version INTEGER, first_version INTEGER,
-    num_tokens INTEGER, trained_version INTEGER, reason TEXT,
+    num_tokens INTEGER, taken_version INTEGER, reason TEXT,
     drawn REAL, leased REAL, arrived REAL, taken REAL, ended REAL);
 CREATE TABLE IF NOT EXISTS completions (
     group_id INTEGER, sample INTEGER, length INTEGER, finish TEXT, score REAL, solved INTEGER, error TEXT,
@@ -47,17 +47,22 @@ CREATE TABLE IF NOT EXISTS events (
 """
 
 LEASED = """
-INSERT INTO groups (group_id, domain, prompt_index, state, incarnation, attempt, generator, lease_version, drawn, leased)
+INSERT INTO groups (
+    group_id, domain, prompt_index, state, incarnation, attempt, generator, lease_version, drawn, leased)
 VALUES (?1, ?2, ?3, 'leased', ?4, ?5, ?6, ?7, ?8, ?8)
 ON CONFLICT (group_id) DO UPDATE SET state = 'leased', incarnation = ?4, attempt = ?5, generator = ?6,
     lease_version = ?7, leased = ?8"""
 ARRIVED = """
-UPDATE groups SET state = ?2, first_version = ?3, num_tokens = ?4, reason = ?5, arrived = ?6,
-    ended = CASE ?2 WHEN 'buffered' THEN NULL ELSE ?6 END WHERE group_id = ?1"""
+UPDATE groups SET state = 'buffered', first_version = ?2, num_tokens = ?3, arrived = ?4 WHERE group_id = ?1"""
 COMPLETION = "INSERT OR REPLACE INTO completions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 RETURNED = "UPDATE groups SET state = 'pending', failures = ?2 WHERE group_id = ?1"
-TAKEN = "UPDATE groups SET state = 'taken', taken = ?2 WHERE group_id = ?1"
-ENDED = "UPDATE groups SET state = ?2, reason = ?3, trained_version = ?4, ended = ?5 WHERE group_id = ?1"
+TAKEN = "UPDATE groups SET state = 'taken', taken_version = ?2, taken = ?3 WHERE group_id = ?1"
+ENDED = "UPDATE groups SET state = ?2, reason = ?3, ended = ?4 WHERE group_id = ?1"
+REOPENED = (
+    "UPDATE groups SET state = 'pending' WHERE state = 'leased'",
+    "UPDATE groups SET state = 'buffered', taken = NULL, taken_version = NULL WHERE state = 'taken'",
+    "DELETE FROM completions WHERE group_id NOT IN (SELECT group_id FROM groups WHERE state != 'pending')",
+)
 EVENT = """
 INSERT INTO events (time, incarnation, event, group_id, version, generator, detail) VALUES (?, ?, ?, ?, ?, ?, ?)"""
 
@@ -105,7 +110,7 @@ class Ledger:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """All of the block's writes or, where it raises, none."""
-        self._db.execute("BEGIN IMMEDIATE")
+        self._db.execute("BEGIN")
         try:
             yield
         except BaseException:
@@ -126,26 +131,24 @@ class Ledger:
         self._db.execute(RETURNED, (group_id, failures))
         self.event("returned", group_id=group_id, generator=generator, detail=reason)
 
-    def arrived(self, group: Group, state: str, reason: str = "") -> None:
-        """The group's result: `state` is "buffered" or, where it ends at once, its end."""
-        row = (group.group_id, state, group.first_version, len(group.token_ids), reason, self._clock())
-        self._db.execute(ARRIVED, row)
+    def arrived(self, group: Group) -> None:
+        """The group's result came in; it is buffered, until `ended` says otherwise."""
+        self._db.execute(ARRIVED, (group.group_id, group.first_version, len(group.token_ids), self._clock()))
         self._db.executemany(COMPLETION, _completions(group))
 
     def taken(self, version: int, group_ids: list[int], filtered_ids: list[int]) -> None:
         """The learner took `group_ids` at `version`; `filtered_ids` were filtered since the take before."""
         now = self._clock()
-        self._db.executemany(TAKEN, ((group_id, now) for group_id in group_ids))
+        self._db.executemany(TAKEN, ((group_id, version, now) for group_id in group_ids))
         row = (version, self.incarnation, _json(group_ids), _json(filtered_ids), now)
         self._db.execute("INSERT INTO takes VALUES (?, ?, ?, ?, ?)", row)
 
-    def ended(self, group_ids: Iterable[int], end: End, version: int | None = None, reason: str = "") -> None:
-        """The groups ended; `version` is the one that they helped to make, if any."""
+    def ended(self, group_ids: Iterable[int], end: End, reason: str = "") -> None:
         now = self._clock()
-        self._db.executemany(ENDED, ((group_id, end, reason, version, now) for group_id in group_ids))
+        self._db.executemany(ENDED, ((group_id, end, reason, now) for group_id in group_ids))
 
     def event(
-        self, event: str, *, group_id: int | None = None, version: int | None = None, generator: str = "", detail: str = ""
+        self, event: str, group_id: int | None = None, version: int | None = None, generator: str = "", detail: str = ""
     ) -> None:
         self._db.execute(EVENT, (self._clock(), self.incarnation, event, group_id, version, generator, detail))
 
@@ -153,44 +156,50 @@ class Ledger:
 
     def sync(self) -> None:
         """Everything committed so far survives a loss of power."""
-        self._db.execute("PRAGMA wal_checkpoint(FULL)").fetchall()
+        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
-    def in_flight(self) -> list[list[Any]]:
-        """The rows of `groups` that have no end yet, for a snapshot."""
-        marks = ", ".join("?" * len(IN_FLIGHT))
-        return [list(row) for row in self._db.execute(f"SELECT * FROM groups WHERE state IN ({marks})", IN_FLIGHT)]
+    def in_flight(self) -> list[dict[str, Any]]:
+        """The rows of `groups` that have no end yet."""
+        return self._rows(f"groups WHERE state IN ({', '.join('?' * len(IN_FLIGHT))})", IN_FLIGHT)
 
-    def begin(self, version: int, step: int, next_group_id: int, in_flight: list[list[Any]]) -> int:
-        """Opens an incarnation on a snapshot, with everything after it undone: groups drawn later are deleted, those
-        then in flight are so again (waiting for a lease, or buffered). Undone rows are kept as events. Returns the
-        incarnation's number. To be called outside a transaction."""
+    def begin(self, version: int, step: int, num_drawn: int, in_flight: list[dict[str, Any]]) -> int:
+        """Opens an incarnation on a snapshot and returns its number; not within a transaction.
+
+        Everything later is undone: groups drawn since are deleted, those then `in_flight` are so again, pending or
+        buffered. Rows that this removes are kept as events.
+        """
         with self.transaction():
             (last,) = self._db.execute("SELECT coalesce(max(incarnation), -1) FROM incarnations").fetchone()
             self.incarnation = last + 1
             row = (self.incarnation, version, step, self._clock())
             self._db.execute("INSERT INTO incarnations VALUES (?, ?, ?, ?)", row)
-            self._undo("takes", "version >= ?", version)
-            self._undo("groups", "group_id >= ?", next_group_id)
-            self._db.execute("DELETE FROM completions WHERE group_id >= ?", (next_group_id,))
+            self._undo("takes", "version", self._rows("takes WHERE version >= ?", (version,)))
+            self._undo("groups", "group_id", self._rows("groups WHERE group_id >= ?", (num_drawn,)))
             for row in in_flight:
-                self._undo("groups", "group_id = ?", row[0], keep=tuple(row))
-                self._db.execute(f"INSERT OR REPLACE INTO groups VALUES ({', '.join('?' * len(row))})", row)
+                now = self._rows("groups WHERE group_id = ?", (row["group_id"],))
+                self._undo("groups", "group_id", [] if now == [row] else now)
+                marks = ", ".join("?" * len(row))
+                self._db.execute(
+                    f"INSERT OR IGNORE INTO groups ({', '.join(row)}) VALUES ({marks})", tuple(row.values())
+                )
             self._db.execute("UPDATE groups SET state = 'pending' WHERE state = 'leased'")
-            self._db.execute("UPDATE groups SET state = 'buffered', taken = NULL WHERE state = 'taken'")
-            waiting = "SELECT group_id FROM groups WHERE state = 'pending'"
-            self._db.execute(f"DELETE FROM completions WHERE group_id IN ({waiting})")
+            self._db.execute(
+                "UPDATE groups SET state = 'buffered', taken = NULL, taken_version = NULL WHERE state = 'taken'"
+            )
+            judged = "SELECT group_id FROM groups WHERE state != 'pending'"
+            self._db.execute(f"DELETE FROM completions WHERE group_id NOT IN ({judged})")
         return self.incarnation
 
-    def _undo(self, table: str, where: str, value: int, keep: tuple[Any, ...] = ()) -> None:
-        """Deletes rows of a table and keeps them as events; a row equal to `keep` stays."""
-        cursor = self._db.execute(f"SELECT * FROM {table} WHERE {where}", (value,))
+    def _rows(self, where: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
+        cursor = self._db.execute(f"SELECT * FROM {where}", values)
         names = [column[0] for column in cursor.description]
-        for row in cursor.fetchall():
-            if row != keep:
-                self._db.execute(f"DELETE FROM {table} WHERE {names[0]} = ?", (row[0],))
-                old = dict(zip(names, row, strict=True))
-                version, group_id = old.get("version"), old.get("group_id")
-                self.event(f"undone {table}", group_id=group_id, version=version, detail=_json(old))
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def _undo(self, table: str, key: str, rows: list[dict[str, Any]]) -> None:
+        """Deletes `rows` and keeps them as events."""
+        for row in rows:
+            self._db.execute(f"DELETE FROM {table} WHERE {key} = ?", (row[key],))
+            self.event(f"undone {table}", row.get("group_id"), row.get("version"), detail=_json(row))
 
     # ---- accounts
 
@@ -209,32 +218,31 @@ class Ledger:
         ]
 
 
-_TOOK = "SELECT takes.version, value AS group_id FROM takes, json_each(takes.group_ids)"
+_TOOK = "(SELECT takes.version AS taken_version, value AS group_id FROM takes, json_each(takes.group_ids))"
 _KNOWN = ", ".join(f"'{state}'" for state in IN_FLIGHT + ENDS)
 AUDIT = {
-    "groups never drawn before the last one": (
+    "groups missing between the first draw and the last": (
         "SELECT group_id - 1 FROM groups WHERE group_id > 0 AND group_id - 1 NOT IN (SELECT group_id FROM groups)"
     ),
     "groups in no known state": f"SELECT group_id FROM groups WHERE state NOT IN ({_KNOWN})",
-    "groups taken twice": f"SELECT group_id FROM ({_TOOK}) GROUP BY group_id HAVING count(*) > 1",
+    "groups taken twice": f"SELECT group_id FROM {_TOOK} GROUP BY group_id HAVING count(*) > 1",
+    "groups of a take that know nothing of it": (
+        f"SELECT group_id FROM {_TOOK} EXCEPT SELECT group_id FROM groups JOIN {_TOOK} USING (group_id, taken_version)"
+    ),
     "groups trained without a take": (
-        f"SELECT group_id FROM groups WHERE (state IN ('taken', 'trained') OR trained_version IS NOT NULL) "
-        f"AND group_id NOT IN (SELECT group_id FROM ({_TOOK}))"
+        "SELECT group_id FROM groups WHERE (state IN ('taken', 'trained') OR taken_version IS NOT NULL) "
+        f"AND group_id NOT IN (SELECT group_id FROM {_TOOK})"
     ),
-    "groups taken and not ended by that take": (
-        f"SELECT groups.group_id FROM ({_TOOK}) AS took JOIN groups USING (group_id) "
-        "WHERE state != 'taken' AND trained_version IS NULL"
+    "groups in flight that have an end": (
+        "SELECT group_id FROM groups WHERE state IN ('pending', 'leased', 'buffered', 'taken') != (ended IS NULL)"
     ),
-    "groups taken but never drawn": (
-        f"SELECT group_id FROM ({_TOOK}) WHERE group_id NOT IN (SELECT group_id FROM groups)"
-    ),
-    "groups buffered or trained without completions": (
-        "SELECT group_id FROM groups WHERE state IN ('buffered', 'taken', 'trained', 'filtered') "
+    "groups judged without completions": (
+        "SELECT group_id FROM groups WHERE state IN ('buffered', 'taken', 'trained', 'filtered', 'expired') "
         "AND group_id NOT IN (SELECT group_id FROM completions)"
     ),
     "completions of groups without a result": (
         "SELECT DISTINCT group_id FROM completions WHERE group_id NOT IN "
-        "(SELECT group_id FROM groups WHERE arrived IS NOT NULL AND state NOT IN ('pending', 'leased'))"
+        "(SELECT group_id FROM groups WHERE state NOT IN ('pending', 'leased'))"
     ),
 }
 

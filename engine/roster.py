@@ -15,7 +15,7 @@ class Member(msgspec.Struct):
     seen_s: float
     applied: int = -1
     routed: bool = False
-    num_wanted: int = 0  # groups
+    num_wanted: int = 0  # samples; a group is granted while it is above 0
     behind_s: float | None = None  # since when it owes us a newer version
     beat_s: float = -1.0  # its last heartbeat
     generated_tokens: int = 0

@@ -1,0 +1,60 @@
+"""A group on its way to a generator and back."""
+
+import msgspec
+
+from engine.config import Config
+from engine.schema import Group, Kind, Lease, Prompt, Sampling
+
+
+class Task(msgspec.Struct):
+    """A group that is leased or waits for a lease; `version` and `leased_s` are those of its present lease."""
+
+    kind: Kind
+    group_id: int
+    prompt: Prompt
+    sampling: Sampling
+    num_samples: int
+    survey: str = ""  # the evaluation or probe that it belongs to
+    attempt: int = 0
+    failures: int = 0
+    generator: str = ""
+    version: int = -1
+    leased_s: float = 0.0
+
+    @property
+    def key(self) -> tuple[Kind, int]:
+        return self.kind, self.group_id
+
+    def lease(self, seed: int) -> Lease:
+        return Lease(
+            kind=self.kind,
+            group_id=self.group_id,
+            attempt=self.attempt,
+            version=self.version,
+            seed=seed,
+            num_samples=self.num_samples,
+            prompt=self.prompt,
+            sampling=self.sampling,
+        )
+
+    def defect(self, group: Group, newest_version: int) -> str:
+        """What is wrong with `group` as the result of this task; empty where nothing is."""
+        samples = {len(group.lengths), len(group.finish), len(group.verdicts)}
+        tokens = {len(array) for array in (group.token_ids, group.logprobs, group.versions, group.loss_mask)}
+        if samples != {self.num_samples}:
+            return f"{sorted(samples)} samples instead of {self.num_samples}"
+        if tokens != {sum(group.lengths)}:
+            return f"{sorted(tokens)} tokens instead of {sum(group.lengths)}"
+        if len(group.versions) and not self.version <= group.versions.min() <= group.versions.max() <= newest_version:
+            span = f"{group.versions.min()} to {group.versions.max()}"
+            return f"tokens of versions {span}, leased at {self.version} with {newest_version} published"
+        return ""
+
+
+def samplings(config: Config) -> dict[Kind, tuple[Sampling, int]]:
+    """How a task of each kind is sampled, and how often; a probe is sampled as training is."""
+    generator, evaluation = config.generator, config.evaluation
+    stop, longest = tuple(generator.stop), generator.max_new_tokens
+    training = Sampling(generator.temperature, longest, stop=stop), config.run.group_size
+    truncated = Sampling(evaluation.temperature, longest, evaluation.top_p, evaluation.top_k, stop)
+    return {"train": training, "probe": training, "eval": (truncated, evaluation.samples)}
