@@ -21,6 +21,7 @@ from engine.schema import (
     SCHEMA_VERSION,
     Applied,
     Beat,
+    Began,
     Bye,
     Done,
     Evaluate,
@@ -45,6 +46,7 @@ from engine.schema import (
     Take,
     Trained,
     Welcome,
+    encode,
 )
 from engine.stream import Hub, Link, Pump, Tap
 from engine.weights.segment import host_id
@@ -70,6 +72,7 @@ class CoordinatorLoop:
         self._coordinator = Coordinator(config, prompts, self._ledger, penalties)
         self._incarnation = self._coordinator.begin(time.monotonic(), snapshot)
         self._tap = Tap(run.stream / f"{self._incarnation:04d}.tap")
+        self._tap.append(encode(Began(self._incarnation, self._coordinator.version)))
         self._version: int | None = None  # the newest published
         self._open: Take | Evaluate | None = None  # the learner's request that still waits
         self._finished = ""
@@ -77,7 +80,7 @@ class CoordinatorLoop:
         self._learner_handlers = {
             Take: self._on_open,
             Evaluate: self._on_evaluate,
-            Trained: lambda message, now: self._coordinator.trained(message, now),
+            Trained: self._on_trained,
             Published: self._on_published,
             Save: self._on_save,
             Poll: lambda message, now: self._link.send(Done(self._coordinator.state(now))),
@@ -165,6 +168,10 @@ class CoordinatorLoop:
         self._coordinator.evaluate(message.name, message.kind, message.wait, now)
         if message.wait:
             self._open = message
+
+    def _on_trained(self, message: Trained, now: float) -> None:
+        self._tap.append(encode(message))
+        self._coordinator.trained(message, now)
 
     def _on_published(self, message: Published, now: float) -> None:
         self._version = message.version

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else engine/ itself, shadowing standard modules
 
 import argparse
-import json
 
 import msgspec
 import torch
@@ -104,7 +103,7 @@ def prepare(config: Config) -> RunDirectory:
     tokens = tokenizer.load(config.model)
     policy = _build(config, config.model, tokens)
     if config.warm_start.steps:
-        warm_start.warm_start(config, policy, tokens, Prompts(config, tokens))
+        warm_start.warm_start(config, policy, tokens)
     run = create(config)
     for name, content in {**tokenizer.files(tokens), **describe(policy)}.items():
         (run.model / name).write_bytes(content)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from engine import checkpoint, metrics
-from engine.algorithms.penalties import compose_penalties
 from engine.algorithms.method import compose
+from engine.algorithms.penalties import compose_penalties
 from engine.config import Config
 from engine.credit import advantages
 from engine.learner import Learner
@@ -245,9 +245,12 @@ def learn(job: Job) -> str:
         if taken is None:
             job.save()
             return "stopped"
+        trained = time.monotonic()
         report = job.step(taken)
+        published = time.monotonic()
         job.publish()
-        job.record(taken, waited_s, report)
+        spent = {"train_s": published - trained, "publish_s": time.monotonic() - published}
+        job.record(taken, waited_s, report | spent)
         if learner.version % config.checkpoint.every == 0 and learner.version < config.run.steps:
             job.save()
         if config.evaluation.every and learner.version % config.evaluation.every == 0:

@@ -325,6 +325,14 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
+class Began(msgspec.Struct, tag=True, frozen=True):
+    """The first record of an incarnation's tap: training went on from the checkpoint of `base_version`."""
+
+    incarnation: int
+    base_version: int
+
+
+TapRecord = Began | Result | Trained  # what the tap keeps: arrivals and takes, in their order
 FromGenerator = Hello | Request | Applied | Heartbeat | Result | Failure | Bye
 ToGenerator = Welcome | Leases | Ack | Beat | Publish | Stop
 FromLearner = Take | Trained | Published | Save | Evaluate | Poll | Finished

@@ -1,4 +1,4 @@
-"""How messages travel: ZeroMQ sockets with deadlines, and the tap that records arrivals.
+"""How messages travel: ZeroMQ sockets with deadlines, and the tap that records arrivals and takes.
 
 `Hub` is the coordinator's end (ROUTER), `Link` a peer's (DEALER). Every wait takes a deadline and watches the
 processes that it depends on, so that nothing waits for a dead peer. Messages that must not be lost are kept by
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
-from engine.schema import SCHEMA_VERSION, Group, decode, encode
+from engine.schema import SCHEMA_VERSION, Began, Result, TapRecord, Trained, decode, encode
 
 
 class Silence(TimeoutError):
@@ -137,17 +137,17 @@ LENGTH = struct.Struct("<Q")
 
 
 class Tap:
-    """An append-only file of arrived groups, in the order of arrival, as they stood on the wire."""
+    """An append-only file of arrivals and takes, in their order, as they stood on the wire."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
 
     def append(self, frames: list[Any]) -> None:
-        """Writes one message and hands it to the kernel, so that a killed process loses nothing."""
+        """Writes one record and hands it to the kernel, so that a killed process loses nothing."""
         self._file.write(HEAD.pack(MAGIC | SCHEMA_VERSION, len(frames)))
         for frame in frames:
-            self._file.write(LENGTH.pack(len(memoryview(frame).cast("B")) if len(frame) else 0))
+            self._file.write(LENGTH.pack(memoryview(frame).nbytes))
             self._file.write(frame)
         self._file.flush()
 
@@ -155,13 +155,11 @@ class Tap:
         self._file.close()
 
 
-def read_tap(path: Path) -> Iterator[Group]:
-    """The groups that a tap holds; a torn last record (the writer was killed) ends the reading.
+def read_tap(path: Path) -> Iterator[Began | Result | Trained]:
+    """The records that a tap holds; a torn last one (its writer was killed) ends the reading.
 
     Raises ValueError for another schema version.
     """
-    from engine.schema import Result
-
     with path.open("rb") as file:
         while len(head := file.read(HEAD.size)) == HEAD.size:
             magic, num_frames = HEAD.unpack(head)
@@ -170,7 +168,7 @@ def read_tap(path: Path) -> Iterator[Group]:
             frames = [_frame(file) for _ in range(num_frames)]
             if any(frame is None for frame in frames):
                 return
-            yield decode(frames, Result).group
+            yield decode(frames, TapRecord)
 
 
 def _frame(file: Any) -> bytes | None:

@@ -31,7 +31,6 @@ def warm_start(
     config: Config,
     policy: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Prompts,
     say: Callable[[str], None] = print,
 ) -> None:
     """Trains `policy` in place by cross-entropy on the answers of `warm_start.steps` batches of training prompts,
@@ -47,7 +46,7 @@ def warm_start(
         return
     started = time.monotonic()
     say(f"warm start: {config.warm_start.steps} supervised steps of {config.warm_start.batch_size} demonstrations")
-    loss = _train(config, policy, tokenizer, prompts)
+    loss = _train(config, policy, tokenizer, Prompts(_demonstrated(config), tokenizer))
     _write(policy, cached)
     say(f"warm start took {time.monotonic() - started:.0f} s, last loss {loss:.3f}; kept as {cached}")
 
@@ -60,9 +59,16 @@ def _key(config: Config) -> str:
         config.run.seed,
         msgspec.to_builtins(config.model),
         msgspec.to_builtins(msgspec.structs.replace(config.warm_start, cache="")),
-        [msgspec.to_builtins(domain) for domain in config.domains],
+        msgspec.to_builtins(_demonstrated(config).domains),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _demonstrated(config: Config) -> Config:
+    """`config` with all that concerns rewards left out: demonstrations carry true answers, also in a control run."""
+    plain = {"reward": "exact", "reward_options": {}, "reward_shuffle": False}
+    domains = [msgspec.structs.replace(domain, **plain) for domain in config.domains]
+    return msgspec.structs.replace(config, domains=domains)
 
 
 def _train(config: Config, policy: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Prompts) -> float:
