@@ -14,7 +14,7 @@ import zmq
 
 from engine.config import ConfigError
 from engine.weights import Manifest, Publisher, Server, Subscriber, WeightsError, host_id, segment, subscribe
-from engine.weights.segment import Header, Segment
+from engine.weights.segment import Header, Overwritten, Segment
 from engine.weights.subscribe import ATTEMPTS
 from engine.weights.tcp import Describe, Read, TcpSource
 
@@ -103,6 +103,7 @@ def test_tensors_arrive_cast(name: str) -> None:
     with closing(Publisher(name, manifest)) as publisher, closing(Subscriber(Segment.open(name))) as subscriber:
         digest = publisher.publish(0, 1, given)
         staged = subscriber.stage(0, 1)
+        assert not any(view.requires_grad for view in publisher._views[0].values())  # else it holds the learner's graph
     manifest.require(subscriber.manifest)
     assert staged.digest == digest
     assert staged.tensors["integer"].dtype == torch.int64
@@ -174,6 +175,17 @@ def test_a_copy_overwritten_meanwhile_is_made_again(
     source = Disturbed(subscriber, lambda: [publisher.publish(0, v, tensors(v)) for v in left])
     staged = Subscriber(source).stage(0, 1)
     assert (staged.version, values(staged.tensors), source.num_reads) == (3, {3.0}, 2)
+
+
+def test_an_overwrite_ends_the_read_at_its_next_piece(publisher: Publisher) -> None:
+    publisher.publish(0, 1, tensors(1))
+    with closing(Segment.open(publisher.name)) as reader:
+        landed = reader.read(reader.headers()[0], np.empty(MANIFEST.num_bytes, np.uint8))
+        next(landed)
+        for version in (2, 3):
+            publisher.publish(0, version, tensors(version))
+        with pytest.raises(Overwritten):
+            next(landed)
 
 
 def test_a_reader_that_is_always_overtaken_gives_up(
@@ -296,7 +308,7 @@ def test_auto_is_shared_memory_where_it_can_be_seen(publisher: Publisher) -> Non
 
 def test_a_server_outlives_bad_requests(publisher: Publisher) -> None:
     publisher.publish(0, 1, tensors(1))
-    header = Header(9, 2, 0, 1, 0)  # a slot that does not exist
+    header = Header(1 << 20, 2, 0, 1, 0)  # a slot that does not exist
     with (
         closing(Server(publisher.name, "127.0.0.1")) as server,
         zmq.Context() as context,
