@@ -1,0 +1,101 @@
+"""What the coordinator needs around it, small: prompts that are their own index, groups made by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.config import Config, parse
+from engine.coordinator import Coordinator
+from engine.ledger import Ledger
+from engine.schema import Group, Lease, Prompt
+from rewards.verdict import Verdict
+
+
+class CountingPrompts:
+    """Draws ("a", 0), ("a", 1), ... and holds out three."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def draw(self) -> tuple[str, int]:
+        self.drawn += 1
+        return "a", self.drawn - 1
+
+    def prompt(self, domain: str, index: int) -> Prompt:
+        return Prompt(domain, index, np.array([index], np.int32), str(index), str(index))
+
+    def held_out(self) -> list[Prompt]:
+        return [self.prompt("a", 1000 + index) for index in range(3)]
+
+    def state(self) -> dict[str, Any]:
+        return {"drawn": self.drawn}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.drawn = state["drawn"]
+
+
+def config(*, max_staleness: int = 1, groups_per_step: int = 2, group_size: int = 2, **deadlines: float) -> Config:
+    return parse(
+        {
+            "run": {
+                "name": "test",
+                "steps": 10,
+                "groups_per_step": groups_per_step,
+                "group_size": group_size,
+                "max_staleness": max_staleness,
+            },
+            "model": {"path": "none", "context": 16},
+            "domains": [{"name": "a", "source": "callable", "task": "none:none"}],
+            "generator": {"max_new_tokens": 8},
+            "learner": {"tokens_per_micro_batch": 64, "lr": 1e-3},
+            "evaluation": {"samples": 2},
+            "deadlines": deadlines,
+        }
+    )
+
+
+def coordinator(settings: Config, directory: Path, prompts: CountingPrompts | None = None) -> Coordinator:
+    ledger = Ledger(directory / "ledger.db")
+    return Coordinator(settings, CountingPrompts() if prompts is None else prompts, ledger, raw_scores)
+
+
+def raw_scores(group: Group) -> np.ndarray:
+    return np.array([verdict.score for verdict in group.verdicts])
+
+
+def result(
+    lease: Lease,
+    incarnation: int = 0,
+    *,
+    generator: str = "g",
+    scores: Callable[[int], float] = float,
+    versions: list[int] | None = None,
+    errors: int = 0,
+) -> Group:
+    """A finished lease: each sample is as many tokens as `versions` (by default one, of the lease's version); sample i
+    is scored `scores(i)`, the first `errors` are beyond judgement."""
+    stamps = [lease.version] if versions is None else versions
+    num_tokens = len(stamps) * lease.num_samples
+    verdicts = [
+        Verdict.failed("died") if sample < errors else Verdict.of(scores(sample)) for sample in range(lease.num_samples)
+    ]
+    return Group(
+        kind=lease.kind,
+        group_id=lease.group_id,
+        attempt=lease.attempt,
+        incarnation=incarnation,
+        generator=generator,
+        domain=lease.prompt.domain,
+        lease_version=lease.version,
+        temperature=lease.sampling.temperature,
+        prompt_ids=lease.prompt.token_ids,
+        lengths=[len(stamps)] * lease.num_samples,
+        finish=["stop"] * lease.num_samples,
+        verdicts=verdicts,
+        token_ids=np.zeros(num_tokens, np.int32),
+        logprobs=np.zeros(num_tokens, np.float32),
+        versions=np.array(stamps * lease.num_samples, np.int32),
+        loss_mask=np.ones(num_tokens, np.uint8),
+    )

@@ -1,0 +1,296 @@
+"""Random histories against the coordinator: stragglers, filters, failed groups, dead generators, lost and repeated
+messages, late joiners, slow weights, crashes and resumes. Conservation and the staleness bound hold at every step.
+
+The model beside it keeps its own books, from what it sent and received alone.
+"""
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.coordinator import Coordinator
+from engine.ledger import Ledger
+from engine.schema import Group, Heartbeat, Lease, Taken, Trained
+from tests import fake_run
+
+LEASE_S, PUBLISH_S, GROUP_S = 20.0, 30.0, 90.0
+NAMES = ("one", "two", "three")
+picks = st.randoms(use_true_random=False)
+
+
+@dataclass
+class Generator:
+    """A generator as the network sees it: it holds leases that reached it, and may be slow to apply weights."""
+
+    version: int = -1
+    held: list[tuple[Lease, int]] = field(default_factory=list)  # and the version of the first token
+
+
+@dataclass
+class Books:
+    """What the surviving lineage did so far, by the model's own count."""
+
+    version: int = 0
+    ends: dict[int, str] = field(default_factory=dict)
+    trained_at: dict[int, int] = field(default_factory=dict)
+    num_drawn: int = 0
+    drawn_prompts: dict[int, int] = field(default_factory=dict)
+
+    def copy(self) -> "Books":
+        return Books(
+            self.version, dict(self.ends), dict(self.trained_at), self.num_drawn, dict(self.drawn_prompts)
+        )
+
+
+class Histories(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory()
+        self.now = 0.0
+        self.generators: dict[str, Generator] = {}
+        self.sent: list[Group] = []  # results that may be delivered again
+        self.books = Books()
+        self.taken: Taken | None = None
+        self.published = -1
+        self.snapshot: tuple[bytes | None, Books] = (None, Books())
+
+    @initialize(max_staleness=st.integers(0, 3), groups_per_step=st.integers(1, 3))
+    def start(self, max_staleness: int, groups_per_step: int) -> None:
+        self.config = fake_run.config(
+            max_staleness=max_staleness,
+            groups_per_step=groups_per_step,
+            lease_s=LEASE_S,
+            publish_s=PUBLISH_S,
+            group_s=GROUP_S,
+        )
+        self.open(None)
+
+    def open(self, snapshot: bytes | None) -> None:
+        self.ledger = Ledger(Path(self.directory.name) / "ledger.db")
+        self.coordinator = Coordinator(self.config, fake_run.CountingPrompts(), self.ledger, fake_run.raw_scores)
+        self.incarnation = self.coordinator.begin(self.now, snapshot)
+        self.publish()
+
+    def teardown(self) -> None:
+        if hasattr(self, "ledger"):
+            self.ledger.close()
+        self.directory.cleanup()
+
+    # ---- the world acts
+
+    def publish(self) -> None:
+        self.published = self.books.version
+        self.coordinator.published(self.published, self.now)
+
+    def grant(self, lost: bool = False) -> None:
+        """Everything that the coordinator grants is booked; `lost` messages never reach their generator."""
+        for name, leases in self.coordinator.grants(self.now).items():
+            for lease in leases:
+                self.check_lease(name, lease)
+                if not lost:
+                    self.generators[name].held.append((lease, lease.version))
+
+    def check_lease(self, name: str, lease: Lease) -> None:
+        if lease.kind != "train":
+            return
+        prompt = self.books.drawn_prompts.setdefault(lease.group_id, lease.prompt.index)
+        assert prompt == lease.prompt.index, "a group changed its prompt"
+        assert lease.group_id not in self.books.ends, "an ended group was leased"
+        assert lease.version == self.generators[name].version, "leased to a generator with other weights"
+        assert lease.version == max(generator.version for generator in self.routed().values())
+        self.books.num_drawn = max(self.books.num_drawn, lease.group_id + 1)
+        if self.config.run.max_staleness == 0:
+            assert lease.version == self.books.version, "not on policy"
+
+    def routed(self) -> dict[str, Generator]:
+        members = self.coordinator.roster.members
+        return {name: self.generators[name] for name, member in members.items() if member.routed}
+
+    @rule(name=st.sampled_from(NAMES))
+    def join(self, name: str) -> None:
+        self.generators[name] = Generator()
+        self.coordinator.join(name, self.now)
+
+    def members(self) -> list[str]:
+        return [name for name in self.generators if self.coordinator.has(name)]
+
+    @precondition(lambda self: self.members())
+    @rule(pick=picks, num_samples=st.integers(0, 12), lost=st.booleans())
+    def request(self, pick, num_samples: int, lost: bool) -> None:
+        self.coordinator.request(pick.choice(self.members()), num_samples, self.now)
+        self.grant(lost and num_samples % 4 == 0)
+
+    @precondition(lambda self: self.members())
+    @rule(pick=picks)
+    def apply(self, pick) -> None:
+        """A generator switches to the published weights; leases that it has not begun start with them."""
+        name = pick.choice(self.members())
+        generator = self.generators[name]
+        generator.version = self.published
+        generator.held = [(lease, pick.choice([first, self.published])) for lease, first in generator.held]
+        self.coordinator.applied(name, self.incarnation, self.published, self.now)
+        self.grant()
+
+    def holders(self) -> list[str]:
+        return [name for name in self.members() if self.generators[name].held]
+
+    @precondition(lambda self: self.holders())
+    @rule(pick=picks, kind=st.sampled_from(["good"] * 6 + ["uniform", "invalid"]), lost=st.booleans())
+    def finish(self, pick, kind: str, lost: bool) -> None:
+        """Any held lease finishes, not the oldest; the message may get lost and be repeated later."""
+        name = pick.choice(self.holders())
+        generator = self.generators[name]
+        lease, first = generator.held.pop(pick.randrange(len(generator.held)))
+        group = fake_run.result(
+            lease,
+            self.incarnation,
+            generator=name,
+            versions=[first, generator.version],
+            scores=(lambda sample: 1.0) if kind == "uniform" else float,
+            errors=1 if kind == "invalid" else 0,
+        )
+        self.sent.append(group)
+        if not lost:
+            self.deliver(group)
+
+    @precondition(lambda self: self.sent)
+    @rule(pick=picks)
+    def repeat(self, pick) -> None:
+        self.deliver(pick.choice(self.sent))
+
+    def deliver(self, group: Group) -> None:
+        ack = self.coordinator.arrived(group, self.now)
+        assert (ack.group_id, ack.attempt) == (group.group_id, group.attempt)
+        if group.incarnation != self.incarnation or group.group_id in self.books.ends:
+            assert ack.reason, "a fenced or repeated result was accepted"
+        if not ack.reason and group.kind == "train":
+            if any(verdict.error for verdict in group.verdicts):
+                self.books.ends[group.group_id] = "failed"
+            elif group.verdicts[0].score == group.verdicts[1].score:
+                self.books.ends[group.group_id] = "filtered"
+        self.grant()
+
+    @precondition(lambda self: self.members())
+    @rule(pick=picks)
+    def leave(self, pick) -> None:
+        name = pick.choice(self.members())
+        self.coordinator.leave(name, "left", self.now)
+        del self.generators[name]
+        self.grant()
+
+    @precondition(lambda self: self.members())
+    @rule(pick=picks)
+    def beat(self, pick) -> None:
+        name = pick.choice(self.members())
+        held = [(lease.kind, lease.group_id, lease.attempt) for lease, _ in self.generators[name].held]
+        self.coordinator.heartbeat(name, Heartbeat(held, 0, 0.0, 0.0), self.now)
+        self.grant()
+        self.adopt_failures()
+
+    @rule(seconds=st.sampled_from([1.0, 5.0, 21.0, 31.0, 91.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.coordinator.tick(self.now)
+        self.grant()
+        self.adopt_failures()
+
+    @rule()
+    def evaluate(self) -> None:
+        self.coordinator.evaluate("while training", "eval", False, self.now)
+
+    def adopt_failures(self) -> None:
+        """Groups given up for too many lost leases; which ones is the coordinator's business, that they then stay
+        so is ours."""
+        query = "SELECT group_id FROM groups WHERE state = 'failed' AND reason LIKE '%attempts%'"
+        for (group_id,) in self.ledger._db.execute(query):
+            self.books.ends.setdefault(group_id, "failed")
+
+    # ---- the learner acts
+
+    @precondition(lambda self: self.taken is None)
+    @rule()
+    def take(self) -> None:
+        version, bound = self.books.version, self.config.run.max_staleness
+        self.taken = self.coordinator.take(self.config.run.groups_per_step, version, self.now)
+        for group in self.taken.groups if self.taken else ():
+            assert group.group_id not in self.books.trained_at, "trained twice"
+            assert group.group_id not in self.books.ends, "trained after its end"
+            assert version - group.first_version <= bound, "beyond the staleness bound"
+            assert group.first_version <= version
+            if bound == 0:
+                assert set(group.versions.tolist()) == {version}, "not on policy"
+        if self.taken:
+            ids = [group.group_id for group in self.taken.groups]
+            assert ids == sorted(ids)
+            self.check_rest(version)
+
+    def check_rest(self, version: int) -> None:
+        """DESIGN's rule, word by word, over the ledger's rows."""
+        bound, per_step = self.config.run.max_staleness, self.config.run.groups_per_step
+        query = "SELECT coalesce(CASE state WHEN 'buffered' THEN first_version END, lease_version) FROM groups "
+        rows = self.ledger._db.execute(query + "WHERE state IN ('buffered', 'leased')").fetchall()
+        for later in range(version, version + bound + 2):
+            due = sum(first + bound <= later for (first,) in rows)
+            assert due <= (later - version) * per_step, f"{due} groups are due at {later}, after a take at {version}"
+
+    @precondition(lambda self: self.taken is not None)
+    @rule(skipped=st.booleans())
+    def train(self, skipped: bool) -> None:
+        assert self.taken is not None
+        end = "failed" if skipped else "trained"
+        ids = [group.group_id for group in self.taken.groups]
+        self.books.version += 1
+        self.coordinator.trained(Trained(self.books.version, ids, end, "not finite" if skipped else ""), self.now)
+        self.books.ends.update(dict.fromkeys(ids, end))
+        self.books.trained_at.update(dict.fromkeys(ids, self.books.version))
+        self.taken = None
+        self.publish()
+        self.grant()
+
+    @rule()
+    def save(self) -> None:
+        self.adopt_failures()
+        self.snapshot = self.coordinator.snapshot(self.books.version), self.books.copy()
+
+    @rule()
+    def crash(self) -> None:
+        """Everything dies at once and resumes from the last checkpoint; what is still on the wire stays there."""
+        self.ledger.close()
+        data, books = self.snapshot
+        self.books, self.taken, self.generators = books.copy(), None, {}
+        self.open(data)
+
+    # ---- what always holds
+
+    @invariant()
+    def conservation(self) -> None:
+        if not hasattr(self, "coordinator"):
+            return
+        self.adopt_failures()
+        counts, state = self.ledger.counts(), self.coordinator.state(self.now).ends
+        ended = {end: list(self.books.ends.values()).count(end) for end in ("trained", "filtered", "failed", "expired")}
+        assert self.ledger.audit() == []
+        assert counts == state
+        assert {end: counts[end] for end in ended} == ended
+        assert counts["drawn"] == self.books.num_drawn == sum(ended.values()) + counts["in_flight"]
+
+    @invariant()
+    def tickets(self) -> None:
+        if not hasattr(self, "coordinator"):
+            return
+        tickets, run = self.coordinator.tickets, self.config.run
+        assert tickets.capacity == (run.max_staleness + 1) * run.groups_per_step
+        in_flight = self.ledger.counts()["in_flight"]
+        oldest = min((generator.version for generator in self.routed().values()), default=tickets.settled)
+        unapplied = sum(made > max(oldest, tickets.settled) for made in self.books.trained_at.values())
+        assert tickets.num_held == in_flight + unapplied <= tickets.capacity
+
+
+Histories.TestCase.settings = settings(
+    max_examples=80, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
+test_histories = Histories.TestCase
