@@ -119,7 +119,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> np.ndarray:
         raise ValueError(f"the tokenizer has no token for {unknown or text!r}, see model.tokenizer") from error
 
 
-def decode(tokenizer: "PreTrainedTokenizerBase", token_ids: list[int]) -> str:
+def decode(tokenizer: "PreTrainedTokenizerBase", token_ids: np.ndarray | list[int]) -> str:
     """The text of a completion, special tokens left out."""
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)  # skips 30 us of transformers' own a call
-    return backend.decode(token_ids, skip_special_tokens=True)
+    ids = token_ids.tolist() if isinstance(token_ids, np.ndarray) else token_ids
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)  # without transformers' own 30 us a call
+    return backend.decode(ids, skip_special_tokens=True)

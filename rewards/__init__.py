@@ -1,0 +1,1 @@
+"""Rewards: callables `(prompt, completion, answer, **fields) -> float | Verdict`. They know nothing of the engine."""

@@ -29,3 +29,8 @@ class Verdict(msgspec.Struct, frozen=True):
     def failed(cls, reason: str) -> "Verdict":
         """The verdict of a reward that raised, hung or died."""
         return cls(score=0.0, solved=False, error=reason)
+
+
+def brief(text: str, longest: int = 80) -> str:
+    """`text` short enough for a ledger of many thousand completions."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
