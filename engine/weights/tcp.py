@@ -5,6 +5,7 @@ pieces ahead, so a slow link holds no more than those in the server's memory, an
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from threading import Thread
 
 import msgspec
@@ -53,15 +54,15 @@ class Server:
 
     def _serve(self, socket: zmq.Socket) -> None:
         decoder = msgspec.msgpack.Decoder(Describe | Look | Read)
-        while True:
-            try:
+        with socket, suppress(zmq.ContextTerminated):  # whatever ends the thread closes the socket, or `term` would wait
+            while True:
                 client, *frames = socket.recv_multipart()
-                socket.send_multipart([client, self._answer(decoder.decode(frames[-1]))], copy=False)
-            except zmq.ContextTerminated:
-                socket.close()
-                return
-            except (msgspec.MsgspecError, IndexError):
-                self.num_refused += 1
+                try:
+                    answer = self._answer(decoder.decode(frames[-1]))
+                except (msgspec.MsgspecError, IndexError):
+                    self.num_refused += 1
+                else:
+                    socket.send_multipart([client, answer], copy=False)
 
     def _answer(self, request: Describe | Look | Read) -> bytes | memoryview:
         match request:
