@@ -215,6 +215,8 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} is no TOML: {error}") from error
     base = table.pop("extends", None)
+    if not isinstance(base, str | None):
+        raise ConfigError(f"extends = {base!r}: must be the path of a TOML file")
     return table if base is None else merge(read(path.parent / base, (*seen, path)), table)
 
 

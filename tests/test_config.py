@@ -1,0 +1,163 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from engine.config import ConfigError, load, merge, to_toml
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.toml"))
+
+MINIMAL = """
+[run]
+name = "small"
+steps = 10
+groups_per_step = 4
+group_size = 8
+[model]
+init = { model_type = "qwen3" }
+context = 128
+[[domains]]
+name = "sums"
+source = "reasoning_gym"
+task = "basic_arithmetic"
+[generator]
+max_new_tokens = 64
+[learner]
+tokens_per_micro_batch = 2048
+lr = 1e-3
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def write(directory: Path, name: str, text: str) -> Path:
+    path = directory / name
+    path.write_text(text)
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    """The error that loading gives: one line."""
+    with pytest.raises(ConfigError) as caught:
+        load(path, list(overrides))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_recipe_loads_and_survives_the_round_trip(path, tmp_path):
+    config = load(path)
+    assert load(write(tmp_path, "resolved.toml", to_toml(config))) == config
+
+
+def test_defaults_and_values(minimal):
+    config = load(minimal)
+    assert (config.run.steps, config.run.max_staleness, config.learner.lr) == (10, 4, 1e-3)
+    assert config.domains[0].reward == "exact"
+    assert config.algorithm.advantage == {"name": "group_norm"}
+
+
+def test_a_configuration_is_frozen(minimal):
+    with pytest.raises(AttributeError):
+        load(minimal).run.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--run.stepz=3"], ["stepz", "run"]),
+        (["--run=3"], ["run = 3", "object"]),
+        (["--model.init=5"], ["model.init = 5", "object"]),
+        (["--domains=x"], ["domains = 'x'", "array"]),
+        (["--run.steps=many"], ["run.steps = 'many'", "int"]),
+        (["--run.steps=1.5"], ["run.steps = 1.5", "int"]),
+        (["--learner.share_prefix=1"], ["learner.share_prefix = 1", "bool"]),
+        (["--generator.kv=drop"], ["generator.kv = 'drop'"]),
+        (["--domains.0.source=web"], ["domains.0.source = 'web'"]),
+        (["--domains.0.weight=heavy"], ["domains.0.weight = 'heavy'", "float"]),
+        (["--run.steps=0"], ["run.steps = 0", "greater than 0"]),
+        (["--learner.lr=-0.1"], ["learner.lr = -0.1", "greater than 0"]),
+        (["--learner.lr=nan"], ["learner.lr = nan", "greater than 0"]),
+        (["--generator.temperature=0"], ["generator.temperature = 0.0", "greater than 0"]),
+        (["--deadlines.take_s=0"], ["deadlines.take_s = 0", "greater than 0"]),
+        (["--run.max_staleness=-1"], ["run.max_staleness = -1", "0 or greater"]),
+        (["--generator.top_p=0.9"], ["generator.top_p = 0.9", "[evaluation]"]),
+        (["--generator.top_k=5"], ["generator.top_k = 5", "[evaluation]"]),
+        (["--model.path=gpt2"], ["model.path = 'gpt2'", "exactly one of", "[model.init]"]),
+        (["--domains=[]"], ["domains", "at least one"]),
+        (["--domains.0.weight=0"], ["domains.0.weight = 0", "greater than 0"]),
+        (["--learner.tokens_per_micro_batch=127"], ["learner.tokens_per_micro_batch = 127", "model.context = 128"]),
+        (["--generator.max_new_tokens=128"], ["generator.max_new_tokens = 128", "model.context = 128"]),
+        (["--run.steps"], ["--run.steps", "--table.key=value"]),
+        (["--run.steps.more=1"], ["run.steps.more", "steps is no table"]),
+        (["--domains.1.weight=2"], ["domains.1.weight", "no place in a list of 1"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_field_and_value(minimal, overrides, words):
+    text = message(minimal, *overrides)
+    assert [word for word in words if word not in text] == [], text
+
+
+def test_a_missing_field_is_named(tmp_path):
+    path = write(tmp_path, "no_lr.toml", MINIMAL.replace("lr = 1e-3", ""))
+    assert re.search(r"learner.*`?lr", message(path))
+
+
+def test_two_domains_of_one_name(tmp_path):
+    again = '[[domains]]\nname = "sums"\nsource = "file"\n'
+    path = write(tmp_path, "twice.toml", MINIMAL + again)
+    assert message(path) == "domains: the name 'sums' stands twice"
+
+
+def test_a_file_that_is_missing_or_no_toml(tmp_path):
+    assert f"cannot read {tmp_path / 'none.toml'}" in message(tmp_path / "none.toml")
+    assert "broken.toml is no TOML" in message(write(tmp_path, "broken.toml", "[run\n"))
+
+
+def test_extends_merges_tables_and_replaces_slots_and_lists(minimal):
+    (minimal.parent / "deep").mkdir()
+    write(minimal.parent, "base.toml", 'extends = "minimal.toml"\n[run]\nsteps = 20\n'
+          '[algorithm]\nloss = { name = "ppo_clip", low = 0.2, high = 0.28 }\n'
+          '[generator]\nstop = ["a", "b"]\n')  # fmt: skip
+    path = write(minimal.parent / "deep", "top.toml", 'extends = "../base.toml"\n[run]\nseed = 7\n'
+                 '[algorithm]\nloss = { name = "reinforce" }\n[generator]\nstop = ["c"]\n')  # fmt: skip
+    config = load(path)
+    assert (config.run.steps, config.run.seed, config.run.group_size) == (20, 7, 8)
+    assert config.algorithm.loss == {"name": "reinforce"}  # no `low` left over
+    assert config.generator.stop == ["c"]
+
+
+def test_extends_in_a_circle_or_of_a_missing_file(tmp_path):
+    write(tmp_path, "a.toml", 'extends = "b.toml"')
+    assert "extends itself" in message(write(tmp_path, "b.toml", 'extends = "a.toml"'))
+    assert "cannot read" in message(write(tmp_path, "c.toml", 'extends = "none.toml"'))
+    assert message(write(tmp_path, "d.toml", "extends = 3")) == "extends = 3: must be the path of a TOML file"
+
+
+def test_merge_leaves_its_arguments_alone():
+    base, over = {"a": {"x": 1}}, {"a": {"y": 2}}
+    assert merge(base, over) == {"a": {"x": 1, "y": 2}}
+    assert (base, over) == ({"a": {"x": 1}}, {"a": {"y": 2}})
+
+
+def test_overrides_are_toml_or_else_text(minimal):
+    config = load(minimal, [
+        "--run.steps=5", "run.name=my run", "--generator.stop=['x', 'y']", "--domains.0.options={ low = 3 }",
+        "--algorithm.loss.name=cispo", "--tracking.progress=false", "--run.name=a=b",
+    ])  # fmt: skip
+    assert (config.run.steps, config.run.name, config.generator.stop) == (5, "a=b", ["x", "y"])
+    assert config.domains[0].options == {"low": 3}
+    assert config.algorithm.loss == {"name": "cispo"}
+    assert config.tracking.progress is False
+
+
+def test_the_round_trip_holds_awkward_values(minimal):
+    config = load(minimal, ["--learner.lr=1e-300", "--domains.0.options={ deep = { list = [1, 2.5, 'ü\"\\\\'] } }"])
+    resolved = write(minimal.parent, "resolved.toml", to_toml(config))
+    assert load(resolved) == config
