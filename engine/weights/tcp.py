@@ -54,7 +54,7 @@ class Server:
 
     def _serve(self, socket: zmq.Socket) -> None:
         decoder = msgspec.msgpack.Decoder(Describe | Look | Read)
-        with socket, suppress(zmq.ContextTerminated):  # whatever ends the thread closes the socket, or `term` would wait
+        with socket, suppress(zmq.ContextTerminated):  # a socket left open would hold up `term`
             while True:
                 client, *frames = socket.recv_multipart()
                 try:
