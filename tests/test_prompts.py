@@ -124,7 +124,7 @@ def test_held_out_prompts_never_meet_training(tokenizer):
 
 
 def test_what_one_domain_holds_out_no_other_trains(tokenizer):
-    small = {"name": "a", "source": "callable", "task": "tests.test_prompts:count", "options": {"digits": 2}}
+    small = {"name": "a", "source": "callable", "task": f"{__name__}:count", "options": {"digits": 2}}
     config = make([{**small, "eval_prompts": 50}, {**small, "name": "b"}])
     prompts = Prompts(config, tokenizer)
     trained = {prompts.prompt("b", index).text for index in range(200)}
@@ -202,7 +202,7 @@ def test_shuffled_rewards_are_the_next_prompts_and_evaluation_is_honest(tokenize
 
 
 def test_generated_prompts_that_fail_or_are_too_long_are_drawn_again(tokenizer):
-    domain = {"name": "f", "source": "callable", "task": "tests.test_prompts:count", "options": {"digits": 6}}
+    domain = {"name": "f", "source": "callable", "task": f"{__name__}:count", "options": {"digits": 6}}
     prompts = Prompts(make([domain], context=6), tokenizer)  # room for five digits; numbers of six are drawn again
     assert all(len(prompt.token_ids) <= 5 for prompt in take(prompts, 20))
     assert sum(prompts.redrawn.values()) > 20
@@ -285,9 +285,9 @@ def test_a_task_whose_prompts_are_all_too_long_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("tests.test_prompts:absent", "cannot import"),
-        ("tests.test_prompts:misspelt", "no column 'prompt'"),
-        ("tests.test_prompts:seen", "TypeError"),
+        (f"{__name__}:absent", "cannot import"),
+        (f"{__name__}:misspelt", "no column 'prompt'"),
+        (f"{__name__}:seen", "TypeError"),
     ],
 )
 def test_a_callable_that_cannot_work_is_refused(task, message, tokenizer):
@@ -295,7 +295,7 @@ def test_a_callable_that_cannot_work_is_refused(task, message, tokenizer):
 
 
 def test_a_callable_that_sometimes_raises_does_not_end_the_run(tokenizer):
-    domain = {"name": "c", "source": "callable", "task": "tests.test_prompts:fragile"}
+    domain = {"name": "c", "source": "callable", "task": f"{__name__}:fragile"}
     prompts = Prompts(make([domain]), tokenizer)
     assert [prompts.prompt("c", index).text for index in (29, 30)] == ["29", "31"]
     assert prompts.redrawn == {"KeyError: 30": 1}

@@ -71,12 +71,12 @@ def test_reasoning_gym_judges_by_the_entry_not_by_the_answer():
 
 
 def test_a_reward_by_import_path_takes_its_options():
-    assert resolve("tests.test_rewards:tolerant", {"tolerance": 0.5})("", "1.4", "1", column=3) is True
-    assert resolve("tests.test_rewards:tolerant", {})("", "1.4", "1") is False
+    assert resolve(f"{__name__}:tolerant", {"tolerance": 0.5})("", "1.4", "1", column=3) is True
+    assert resolve(f"{__name__}:tolerant", {})("", "1.4", "1") is False
 
 
 def test_an_option_wins_over_a_field_of_the_same_name():
-    assert resolve("tests.test_rewards:tolerant", {"tolerance": 0.5})("", "1.4", "1", tolerance=0.0) is True
+    assert resolve(f"{__name__}:tolerant", {"tolerance": 0.5})("", "1.4", "1", tolerance=0.0) is True
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_an_option_wins_over_a_field_of_the_same_name():
         ("exact", {"strip": True}, "no option 'strip': allowed are none"),
         ("format", {"patern": "x"}, "no option 'patern': allowed are pattern"),
         ("nowhere.at_all:reward", {}, "cannot import"),
-        ("tests.test_rewards:missing", {}, "cannot import"),
-        ("tests.test_rewards:CHAIN", {}, "not a callable"),
-        ("tests.test_rewards:forgetful", {}, "must take all fields"),
+        (f"{__name__}:missing", {}, "cannot import"),
+        (f"{__name__}:CHAIN", {}, "not a callable"),
+        (f"{__name__}:forgetful", {}, "must take all fields"),
     ],
 )
 def test_what_cannot_be_resolved_says_what_is_allowed(name, options, message):
@@ -97,7 +97,7 @@ def test_what_cannot_be_resolved_says_what_is_allowed(name, options, message):
 
 
 def test_load_finds_what_the_path_names():
-    assert load("tests.test_rewards:tolerant")("", "1", "1")
+    assert load(f"{__name__}:tolerant")("", "1", "1")
 
 
 def test_numbers_become_verdicts():

@@ -1,0 +1,201 @@
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import config as configs
+from engine.config import ConfigError
+from engine.schema import Prompt
+from engine.scorer import Scorer, check_rewards
+
+DEADLINE_S = 0.5
+
+
+def behave(prompt, completion, answer, **fields):
+    """A reward that does what the completion says."""
+    if completion == "raise":
+        raise KeyError("no such thing")
+    if completion == "hang":
+        while True:
+            pass
+    if completion == "sleep":
+        time.sleep(0.6 * DEADLINE_S)
+    if completion == "exit":
+        os._exit(3)
+    if completion == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if completion == "print":
+        print("chatter", flush=True)
+    if completion == "spawn":
+        child = subprocess.Popen(["sleep", "60"])
+        Path(fields["note"]).write_text(str(child.pid))
+        child.wait()
+    return float("nan") if completion == "nan" else completion == answer
+
+
+def make(reward=f"{__name__}:behave", workers=1, **options):
+    return configs.parse({
+        "run": {"name": "t", "steps": 1, "groups_per_step": 1, "group_size": 2},
+        "model": {"init": {"model_type": "qwen3"}, "context": 100},
+        "domains": [{"name": "d", "source": "file", "path": "x", "reward": reward, "reward_options": options}],
+        "generator": {"max_new_tokens": 4, "reward_workers": workers},
+        "learner": {"tokens_per_micro_batch": 1000, "lr": 1e-3},
+        "deadlines": {"reward_s": DEADLINE_S},
+    })
+
+
+@pytest.fixture
+def scorer():
+    scorer = Scorer(make())
+    yield scorer
+    scorer.close()
+
+
+def prompt(answer="yes", **fields):
+    return Prompt("d", 0, np.zeros(1, np.int32), "?", answer, fields)
+
+
+def collect(scorer, num_groups, within_s=20.0):
+    found, ends = {}, time.monotonic() + within_s
+    while len(found) < num_groups and time.monotonic() < ends:
+        found.update(scorer.poll(0.05))
+    assert len(found) == num_groups
+    return found
+
+
+def judge(scorer, *completions, **fields):
+    scorer.submit("key", prompt(**fields), list(completions))
+    return collect(scorer, 1)["key"]
+
+
+def gone(pid):
+    ends = time.monotonic() + 5
+    while time.monotonic() < ends:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        select.select([], [], [], 0.02)
+    return False
+
+
+def test_groups_come_back_whole_and_in_order_from_many_workers():
+    scorer = Scorer(make(workers=2))
+    for key in range(20):
+        scorer.submit(key, prompt(str(key % 3)), ["0", "1", "2"])
+    found = collect(scorer, 20)
+    scorer.close()
+    assert all([verdict.solved for verdict in found[key]] == [key % 3 == n for n in range(3)] for key in range(20))
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("raise", "KeyError: 'no such thing'"),
+        ("nan", "the score is nan"),
+        ("hang", "no word within 0.5 s (signal 9)"),
+        ("exit", "its process died (exit code 3)"),
+        ("kill", "its process died (signal 9)"),
+    ],
+)
+def test_only_the_guilty_completion_is_lost(scorer, bad, reason):
+    verdicts = judge(scorer, "yes", bad, "no", "yes")
+    assert [verdict.error for verdict in verdicts] == ["", reason, "", ""]
+    assert [verdict.score for verdict in verdicts] == [1.0, 0.0, 0.0, 1.0]
+    assert scorer.num_restarts == (bad in ("hang", "exit", "kill"))
+
+
+def test_a_group_of_which_all_die_ends_too(scorer):
+    assert all("exit code 3" in verdict.error for verdict in judge(scorer, "exit", "exit", "exit"))
+
+
+def test_the_deadline_is_of_a_completion_not_of_a_group(scorer):
+    assert [verdict.error for verdict in judge(scorer, "sleep", "sleep", "sleep")] == ["", "", ""]
+
+
+def test_a_late_poll_does_not_blame_the_innocent(scorer):
+    judge(scorer, "yes")
+    scorer.submit("key", prompt(), ["yes", "no"])
+    select.select([], [], [], 1.5 * DEADLINE_S)
+    [(_, verdicts)] = scorer.poll()
+    assert [verdict.error for verdict in verdicts] == ["", ""]
+
+
+def test_what_a_reward_prints_disturbs_nothing(scorer):
+    assert not judge(scorer, "print", "yes")[0].error
+
+
+def test_poll_does_not_wait_and_fileno_tells_when_to_come_back(scorer):
+    judge(scorer, "yes")
+    assert scorer.poll() == []
+    scorer.submit("key", prompt(), ["yes"])
+    assert select.select([scorer.fileno()], [], [], 10)[0]
+    assert collect(scorer, 1)["key"][0].solved
+
+
+def test_a_hanging_reward_dies_with_its_children(scorer, tmp_path):
+    judge(scorer, "spawn", note=str(tmp_path / "pid"))
+    assert gone((tmp_path / "pid").read_text())
+
+
+def test_close_ends_the_workers_in_the_middle_of_a_reward():
+    scorer = Scorer(make())
+    judge(scorer, "yes")
+    scorer.submit("key", prompt(), ["hang"])
+    pids = [worker.process.pid for worker in scorer._workers.values()]
+    scorer.close()
+    assert all(gone(pid) for pid in pids)
+
+
+def test_workers_die_with_their_owner(tmp_path):
+    """The owner is killed while a reward hangs: nobody is left to read the end of the socket."""
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import {__name__} as here
+        scorer = here.Scorer(here.make())
+        here.judge(scorer, "yes")
+        scorer.submit("key", here.prompt(), ["hang"])
+        print(*[worker.process.pid for worker in scorer._workers.values()], flush=True)
+        sys.stdin.read()
+    """
+    owner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout and owner.stdin
+    pid = owner.stdout.readline().strip()
+    assert Path(f"/proc/{pid}").exists()
+    owner.kill()
+    owner.communicate()
+    assert gone(pid)
+
+
+def test_a_package_of_the_users_named_rewards_is_not_in_the_way(tmp_path, monkeypatch):
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "__init__.py").write_text("raise ImportError('the wrong one')")
+    monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path, str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    scorer = Scorer(make("exact"))
+    assert judge(scorer, "yes")[0].solved
+    scorer.close()
+
+
+def test_workers_that_cannot_start_are_an_error(capfd):
+    scorer = Scorer(make("nowhere.at_all:reward"))
+    with pytest.raises(RuntimeError, match="could not start; the last: exit code 1"):
+        collect(scorer, 1)
+    scorer.close()
+    assert "cannot import 'nowhere.at_all:reward'" in capfd.readouterr().err
+
+
+def test_rewards_are_checked_before_anything_starts():
+    check_rewards(make("exact"))
+    with pytest.raises(ConfigError, match=r"domains.0.reward = 'exakt': unknown reward"):
+        check_rewards(make("exakt"))
+    with pytest.raises(ConfigError, match="no option 'strip'"):
+        check_rewards(make("exact", strip=True))
