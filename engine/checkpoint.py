@@ -13,7 +13,9 @@ is never chosen.
 import os
 import random
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ def save(run: Path, config: Config, learner: Learner, write_rest: Callable[[Path
         folder.mkdir(parents=True)
         write_rest(folder)
     parallel.barrier()
-    save_shards(learner.state(), checkpoint_id=folder / "learner", no_dist=parallel.num_ranks() == 1)
+    with _quiet():
+        save_shards(learner.state(), checkpoint_id=folder / "learner", no_dist=parallel.num_ranks() == 1)
     torch.save(_random_state(), folder / f"random-{parallel.rank()}.pt")
     parallel.barrier()
     if parallel.rank() == 0:
@@ -88,7 +91,8 @@ def load(path: Path, learner: Learner) -> Manifest:
             f"--resume = {path}: its schema version is {manifest.schema_version}, this program reads {SCHEMA_VERSION}"
         )
     state = learner.state()
-    load_shards(state, checkpoint_id=path / "learner", no_dist=parallel.num_ranks() == 1)
+    with _quiet():
+        load_shards(state, checkpoint_id=path / "learner", no_dist=parallel.num_ranks() == 1)
     learner.load(state)
     learner.steps, learner.version, learner.updates = manifest.step, manifest.version, manifest.updates
     learner.bad_updates, learner.bad_in_a_row = manifest.bad_updates, manifest.bad_in_a_row
@@ -130,6 +134,14 @@ def export(learner: Learner, source: Path, directory: Path) -> None:
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that one process saves or loads alone, which is what one rank wants."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _manifest(learner: Learner, folder: Path) -> Manifest:

@@ -22,15 +22,18 @@ from rewards.verdict import Verdict
 
 VOCAB = 11
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-HEADS = {"num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.2}
+MODELS = {
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.2},
+    "gpt_neox": {"initializer_range": 0.2},  # float64 throughout; the others' norms compute in float32
+}
 FIXED = torch.tensor([1.0, -1.0, 0.5, -0.5])  # advantages of a group's completions
 
 multiprocessing.set_forkserver_preload(["engine.learner", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
 
 
-def configure(*overrides: str, dtype: str = "float64", tied: bool = True) -> Config:
+def configure(*overrides: str, model: str = "qwen3", dtype: str = "float64", tied: bool = True) -> Config:
     """A valid configuration with the tiny model; `overrides` as on the command line."""
-    init = {"model_type": "qwen3", "tie_word_embeddings": tied, **SHAPE, **HEADS}
+    init = {"model_type": model, "tie_word_embeddings": tied, **SHAPE, **MODELS[model]}
     table: dict[str, Any] = {
         "run": {"name": "t", "steps": 10, "groups_per_step": 2, "group_size": 4},
         "model": {"init": init, "dtype": dtype, "context": 32},
@@ -95,9 +98,7 @@ def take(config: Config, batch: list[Group], num_ranks: int = 1) -> list[Update]
 def on_ranks(num_ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`work(rank, *arguments)` in `num_ranks` processes that are one gloo group; their results by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(
-            _on_rank, (num_ranks, folder, work, arguments), nprocs=num_ranks, start_method="forkserver"
-        )
+        start_processes(_on_rank, (num_ranks, folder, work, arguments), nprocs=num_ranks, start_method="forkserver")
         return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(num_ranks)]
 
 

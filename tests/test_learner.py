@@ -1,0 +1,314 @@
+"""The learner: what one step does to the parameters, however the take was split over micro-batches and ranks."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import learning
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine import policy
+from engine.algorithms.method import Method, compose
+from engine.attention import Layout
+from engine.config import Learner as LearnerConfig
+from engine.learner import Learner, NonFinite, learning_rate
+from engine.model import hidden_states, lm_head
+from engine.packer import Update
+from engine.schema import Group
+
+
+def alone(model: Any, group: Group, temperature: float = 1.0) -> list[Tensor]:
+    """The log-probabilities of each of `group`'s completions from a plain forward of it alone."""
+    ends = np.cumsum([0, *group.lengths])
+    scores = []
+    for first, last in zip(ends[:-1], ends[1:], strict=True):
+        ids = np.concatenate([group.prompt_ids, group.token_ids[first:last]]).astype(np.int64)
+        token_ids, size = torch.from_numpy(ids), len(ids)
+        layout = Layout(np.array([0, size]))
+        hidden = hidden_states(model, token_ids, torch.arange(size), layout)
+        start = len(group.prompt_ids)
+        logits = lm_head(model)(hidden[start - 1 : -1]) / temperature
+        scores.append(torch.log_softmax(logits, -1).gather(1, token_ids[start:, None]).squeeze(1))
+    return scores
+
+
+def gradients(learner: Learner) -> dict[str, Tensor]:
+    """The gradient of the only update so far, from AdamW's first moment: exp_avg = (1 - 0.9) * gradient."""
+    state = learner.state()["optimizer"]["state"]
+    return {name: whole(moments["exp_avg"]) / 0.1 for name, moments in state.items()}
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def stepped(directory: Path, *overrides: str, num_groups: int = 3, **options: Any) -> Learner:
+    """A learner of one rank after one step."""
+    config = learning.configure(*overrides, **options)
+    learner = learning.learner(config, directory)
+    learner.step(learning.take(config, learning.groups(num_groups)))
+    return learner
+
+
+# ---- the gradient ----------------------------------------------------------------------------------------------
+
+
+def test_gradient_is_that_of_the_formula_computed_without_packing(tmp_path: Path) -> None:
+    config = learning.configure(model="gpt_neox")
+    learner, batch = learning.learner(config, tmp_path), learning.groups(2)
+    reference = learning.learner(config, tmp_path).model
+    terms = [
+        -advantage * score
+        for group in batch
+        for score, advantage in zip(alone(reference, group), learning.FIXED, strict=True)
+    ]
+    loss = torch.cat(terms).sum() / sum(len(group.token_ids) for group in batch)
+    loss.backward()
+    expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    metrics = learner.step(learning.take(config, batch))
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-12)
+    assert learning.largest_difference(gradients(learner), expected) < 1e-12
+
+
+@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean"])
+def test_micro_batches_do_not_change_the_step(tmp_path: Path, aggregate: str) -> None:
+    name = f"algorithm.aggregate.name='{aggregate}'"
+    small = stepped(tmp_path, name, "learner.share_prefix=false", model="gpt_neox")
+    large = stepped(tmp_path, name, "learner.tokens_per_micro_batch=4096", model="gpt_neox")
+    assert learning.largest_difference(learning.parameters(small), learning.parameters(large)) < 1e-10
+
+
+def test_step_moves_every_parameter_and_the_counters(tmp_path: Path) -> None:
+    config = learning.configure()
+    learner = learning.learner(config, tmp_path)
+    before = learning.parameters(learner)
+    metrics = learner.step(learning.take(config, learning.groups(2)))
+    after = learning.parameters(learner)
+    assert all((before[name] != after[name]).any() for name in before)
+    assert (learner.version, learner.steps, learner.updates, learner.bad_updates) == (1, 1, 1, 0)
+    assert metrics["num_tokens"] == sum(len(group.token_ids) for group in learning.groups(2))
+    assert metrics["lr"] == 0.01 and metrics["skipped_updates"] == 0
+
+
+def test_clipping_scales_the_gradient_to_the_norm(tmp_path: Path) -> None:
+    free = gradients(stepped(tmp_path))
+    clipped = gradients(stepped(tmp_path, "learner.clip_norm=0.001"))
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in free.values()))
+    assert norm > 0.001
+    scaled = {name: gradient * (0.001 / norm) for name, gradient in free.items()}
+    assert learning.largest_difference(clipped, scaled) < 1e-12
+
+
+def test_matrices_decay_and_norms_do_not(tmp_path: Path) -> None:
+    config = learning.configure("learner.weight_decay=0.5")
+    learner = learning.learner(config, tmp_path)
+    before = learning.parameters(learner)
+    updates = learning.take(config, learning.groups(2))
+    nothing = [[replace(m, advantage=0 * m.advantage) for m in ms] for ms in updates[0].micro_batches]
+    learner.step([replace(updates[0], micro_batches=nothing)])
+    for name, tensor in learner.weights():
+        factor = 1.0 if "norm" in name else 1 - 0.01 * 0.5
+        assert torch.allclose(tensor, before[name] * factor, rtol=1e-12), name
+
+
+def test_recomputed_activations_give_the_same_gradient(tmp_path: Path) -> None:
+    kept = stepped(tmp_path)
+    recomputed = stepped(tmp_path, "learner.activation_checkpointing=true")
+    assert learning.largest_difference(gradients(kept), gradients(recomputed)) < 1e-14
+
+
+def test_logits_in_pieces_give_the_same_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = stepped(tmp_path, "algorithm.entropy=0.1")
+    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", 3 * learning.VOCAB)
+    in_pieces = stepped(tmp_path, "algorithm.entropy=0.1")
+    assert learning.largest_difference(gradients(at_once), gradients(in_pieces)) < 1e-14
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------
+
+
+def step_on_rank(rank: int, directory: Path, cases: list[dict[str, Any]], num_ranks: int) -> list[Any]:
+    """Parameters, gradients and metrics of each case after one step, gathered on this rank."""
+    results = []
+    for case in cases:
+        config = learning.configure(*case["overrides"], **case["options"])
+        learner = learning.learner(config, directory)
+        metrics = learner.step(learning.take(config, learning.groups(case["groups"]), num_ranks))
+        results.append((learning.parameters(learner), gradients(learner), metrics))
+    return results
+
+
+REFERENCE = (
+    "algorithm.kl={ name = 'k3', coefficient = 0.1 }",
+    "learner.updates_per_step=2",
+    "algorithm.correction.name='decoupled'",
+)
+CASES: list[dict[str, Any]] = [
+    {"options": {}, "groups": 3, "overrides": ()},
+    {"options": {"tied": False}, "groups": 3, "overrides": ("learner.activation_checkpointing=true",)},
+    {"options": {}, "groups": 1, "overrides": ()},  # one unit of work: the other ranks run empty micro-batches
+    {"options": {"model": "gpt_neox"}, "groups": 3, "overrides": REFERENCE},
+    {"options": {"dtype": "float32"}, "groups": 3, "overrides": ()},
+]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_any_number_of_ranks_makes_the_same_step(tmp_path: Path, num_ranks: int) -> None:
+    alone = step_on_rank(0, tmp_path, CASES, 1)
+    for of_rank in learning.on_ranks(num_ranks, step_on_rank, tmp_path, CASES, num_ranks):
+        for case, (weights, grads, metrics), (weights_1, grads_1, metrics_1) in zip(CASES, of_rank, alone, strict=True):
+            assert weights.keys() == weights_1.keys()
+            double = "dtype" not in case["options"]
+            if double:
+                assert learning.largest_difference(weights, weights_1) < 1e-10, case
+                assert metrics == pytest.approx(metrics_1, rel=1e-6), case
+            for name in grads_1:
+                error = (grads[name] - grads_1[name]).norm() / grads_1[name].norm()
+                assert error < (1e-10 if double else 1e-5), (case, name)
+
+
+def test_tied_weights_are_named_once(tmp_path: Path) -> None:
+    tied = dict(learning.learner(learning.configure(), tmp_path).weights())
+    untied = dict(learning.learner(learning.configure(tied=False), tmp_path).weights())
+    assert "lm_head.weight" not in tied
+    assert untied.keys() - tied.keys() == {"lm_head.weight"}
+
+
+# ---- updates that are not finite -------------------------------------------------------------------------------
+
+
+def spoil(update: Update, rank: int) -> Update:
+    """`update` with an infinite advantage in the first token of the first micro-batch of `rank`."""
+    first, *rest = update.micro_batches[rank]
+    advantage = first.advantage.copy()
+    advantage[0] = np.inf
+    mine = [replace(first, advantage=advantage), *rest]
+    micro_batches = [mine if number == rank else other for number, other in enumerate(update.micro_batches)]
+    return replace(update, micro_batches=micro_batches)
+
+
+def test_bad_update_changes_nothing_and_is_kept(tmp_path: Path) -> None:
+    config = learning.configure()
+    learner = learning.learner(config, tmp_path)
+    good = learning.take(config, learning.groups(2))
+    learner.step(good)
+    before, moments = learning.parameters(learner), gradients(learner)
+    metrics = learner.step([spoil(good[0], 0)])
+    assert metrics["skipped_updates"] == 1
+    assert (learner.version, learner.updates, learner.bad_updates) == (2, 1, 1)
+    assert learning.largest_difference(before, learning.parameters(learner)) == 0
+    assert learning.largest_difference(moments, gradients(learner)) == 0
+    kept = torch.load(tmp_path / "bad_update_1_rank_0.pt")
+    assert kept["version"] == 1 and torch.isinf(kept["micro_batches"][0]["advantage"][0])
+    assert "model.embed_tokens.weight" in kept["parameters"]
+    assert learner.step(good)["skipped_updates"] == 0
+    assert learning.largest_difference(before, learning.parameters(learner)) > 0
+
+
+def test_bad_updates_in_a_row_end_the_job(tmp_path: Path) -> None:
+    config = learning.configure("learner.max_bad_updates=2")
+    learner = learning.learner(config, tmp_path)
+    good = learning.take(config, learning.groups(2))
+    bad = [spoil(good[0], 0)]
+    learner.step(bad)
+    learner.step(good)
+    learner.step(bad)
+    with pytest.raises(NonFinite, match="2 updates in a row"):
+        learner.step(bad)
+
+
+def spoiled_on_rank(rank: int, directory: Path) -> tuple[float, int]:
+    config = learning.configure()
+    learner = learning.learner(config, directory)
+    before = learning.parameters(learner)
+    learner.step([spoil(update, 1) for update in learning.take(config, learning.groups(3), 2)])
+    return learning.largest_difference(before, learning.parameters(learner)), learner.bad_updates
+
+
+def test_all_ranks_skip_what_one_of_them_cannot_apply(tmp_path: Path) -> None:
+    assert learning.on_ranks(2, spoiled_on_rank, tmp_path) == [(0.0, 1), (0.0, 1)]
+
+
+# ---- proximal and reference policies ---------------------------------------------------------------------------
+
+
+class Recorder:
+    """A method that keeps what the learner tells it of the other policies."""
+
+    def __init__(self, method: Method):
+        self._method = method
+        self.seen: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
+    def loss(self, logprob: Tensor, entropy: Tensor, tokens: Any, **counts: int) -> Any:
+        self.seen.append((logprob.detach(), tokens))
+        return self._method.loss(logprob, entropy, tokens, **counts)
+
+
+def recorded(directory: Path, *overrides: str) -> tuple[Learner, list[Any], list[Update]]:
+    config = learning.configure("learner.tokens_per_micro_batch=4096", *overrides)
+    method = Recorder(compose(config.algorithm))
+    learner = learning.learner(config, directory, method)  # type: ignore[arg-type]
+    updates = learning.take(config, learning.groups(4))
+    learner.step(updates)
+    return learner, method.seen, updates
+
+
+def test_proximal_policy_is_that_of_the_start_of_the_step(tmp_path: Path) -> None:
+    _, seen, _ = recorded(tmp_path, "learner.updates_per_step=2", "algorithm.correction.name='decoupled'")
+    start = learning.learner(learning.configure(), tmp_path).model
+    (_, first), (now, second) = seen
+    expected = torch.cat([score for group in learning.groups(4)[2:] for score in alone(start, group)])
+    assert first.proximal is None  # the policy itself
+    assert torch.allclose(second.proximal.sort().values, expected.sort().values, atol=1e-12)
+    assert (second.proximal - now).abs().max() > 1e-3
+
+
+def test_proximal_policy_is_not_computed_where_nothing_needs_it(tmp_path: Path) -> None:
+    _, seen, _ = recorded(tmp_path, "learner.updates_per_step=2")
+    assert [tokens.proximal for _, tokens in seen] == [None, None]
+
+
+def test_reference_stays_where_the_policy_started(tmp_path: Path) -> None:
+    learner, seen, updates = recorded(tmp_path, "algorithm.kl={ name = 'k3', coefficient = 0.5 }")
+    learner.step(updates)
+    (start, first), (moved, second) = seen
+    assert torch.equal(first.reference, start)
+    assert torch.equal(second.reference, start)
+    assert (moved - start).abs().max() > 1e-3
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------
+
+
+def test_mismatch_is_the_mean_distance_from_the_record(tmp_path: Path) -> None:
+    config = learning.configure("generator.temperature=0.7")
+    learner = learning.learner(config, tmp_path)
+    batch = []
+    for group in learning.groups(3):
+        scores = torch.cat(alone(learner.model, group, 0.7)).detach().numpy()
+        shift = np.where(np.arange(len(scores)) % 2, 0.25, -0.25)
+        batch.append(msgspec.structs.replace(group, logprobs=(scores + shift).astype(np.float32)))
+    assert learner.mismatch(batch) == pytest.approx(0.25, abs=1e-6)
+
+
+def test_schedule_rises_then_falls() -> None:
+    config = LearnerConfig(tokens_per_micro_batch=1, lr=1.0, warmup_steps=4, schedule="cosine")
+    assert [learning_rate(config, n, 12) for n in (0, 1, 3)] == [0.25, 0.5, 1.0]
+    assert learning_rate(config, 4, 12) == 1.0
+    assert learning_rate(config, 8, 12) == pytest.approx(0.5)
+    assert learning_rate(config, 6, 12) == pytest.approx(0.5 + math.sqrt(2) / 4)
+    assert learning_rate(config, 12, 12) == learning_rate(config, 99, 12) == pytest.approx(0.0)
+    linear = LearnerConfig(tokens_per_micro_batch=1, lr=2.0, schedule="linear")
+    assert [learning_rate(linear, n, 4) for n in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
+    constant = LearnerConfig(tokens_per_micro_batch=1, lr=2.0)
+    assert learning_rate(constant, 7, 4) == 2.0
