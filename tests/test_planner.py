@@ -48,11 +48,17 @@ def test_equals_the_plain_reference(costs, budget, ranks, random):
     assert (num_micro, rank.tolist(), micro.tolist()) == reference.plan(costs, work, budget, ranks)
 
 
-def test_equals_the_plain_reference_where_the_bins_are_too_full_to_level():
-    costs = np.random.default_rng(3).integers(1, 100, 800)
-    for work in (costs, costs[::-1]):
-        num_micro, rank, micro = plan(costs, work, 100, 4)
-        assert (num_micro, rank.tolist(), micro.tolist()) == reference.plan(costs.tolist(), work.tolist(), 100, 4)
+@pytest.mark.parametrize(
+    ("num_units", "largest", "budget", "ranks"),
+    [(800, 100, 100, 4), (4000, 1000, 4000, 540)],
+    ids=["a unit finds no room", "patience runs out"],
+)
+def test_equals_the_plain_reference_where_the_bins_are_too_full_to_level(num_units, largest, budget, ranks):
+    random = np.random.default_rng(0)
+    costs = random.integers(1, largest, num_units)
+    work = random.permutation(costs)
+    num_micro, rank, micro = plan(costs, work, budget, ranks)
+    assert (num_micro, rank.tolist(), micro.tolist()) == reference.plan(costs.tolist(), work.tolist(), budget, ranks)
 
 
 @settings(max_examples=200, deadline=None)
