@@ -1,5 +1,7 @@
 """Importance weights by hand: rho = 1/4, 2 and 8 in one completion, 3 and a masked 100 in another."""
 
+import math
+
 import pytest
 import torch
 
@@ -34,9 +36,8 @@ def test_icepop_drops_on_both_sides():
 
 
 def test_icepop_keeps_its_bounds():
-    zero = torch.zeros(2)
-    rho = icepop(torch.tensor([0.5, 2.0]).log(), zero, Segments(torch.tensor([0, 0]), zero, 1), low=0.5, high=2.0)
-    assert (rho > 0).all()
+    same = torch.full((5,), -1.0, dtype=torch.float64)
+    close(icepop(same, same, COMPLETIONS, low=1.0, high=1.0), [1, 1, 1, 1, 0])
 
 
 def test_sequence_is_the_product_over_unmasked_tokens():
@@ -45,6 +46,10 @@ def test_sequence_is_the_product_over_unmasked_tokens():
 
 def test_sequence_is_truncated():
     close(sequence(PROXIMAL, BEHAVIOUR, COMPLETIONS, cap=3.5), [3.5, 3.5, 3.5, 3, 0])
+
+
+def test_sequence_without_a_cap_does_not_overflow():
+    assert sequence(torch.zeros(5), torch.full((5,), -200.0), COMPLETIONS, cap=math.inf).isfinite().all()
 
 
 def test_sequence_by_the_geometric_mean():
