@@ -147,10 +147,10 @@ def contexts(batch: MicroBatch) -> list[tuple]:
     seen = []
     for row, *facts in zip(batch.rows, batch.targets, batch.behaviour, batch.advantage, batch.mask, strict=True):
         segment = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
-        flat = np.arange(batch.cu_seqlens[segment], row + 1)
+        flat = np.arange(int(batch.cu_seqlens[segment]), int(row) + 1)
         if (shared := batch.prefix[segment]) >= 0:
             assert batch.prefix[shared] == -1
-            flat = np.concatenate([np.arange(batch.cu_seqlens[shared], batch.cu_seqlens[shared + 1]), flat])
+            flat = np.concatenate([np.arange(*batch.cu_seqlens[shared : shared + 2].tolist()), flat])
         assert batch.position_ids[flat].tolist() == list(range(len(flat)))
         seen.append((tuple(batch.token_ids[flat]), *facts))
     return seen
