@@ -5,13 +5,17 @@ that the model hands down to its attention modules, so any model that uses the a
 transformers makes no mask for it.
 """
 
+import inspect
 import json
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from engine.attention import Layout
 from engine.config import ConfigError, Model
 
 ATTENTION = "leeway"
@@ -33,8 +37,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D].
 
-    Dropout is left out: the learner must compute the function that sampled. Raises `ConfigError` for a model that
-    hands no layout down, or whose attention is of a kind that we do not compute.
+    Dropout is left out, as in `build`. Raises `ConfigError` for a model that hands no layout down, or whose attention
+    is of a kind that we do not compute.
     """
     layout: Attends | None = kwargs.get("layout")
     if layout is None:
@@ -68,10 +72,13 @@ def build(model: Model, *, vocab_size: int, eos_id: int, pad_id: int, seed: int)
             ids = {"vocab_size": vocab_size, "eos_token_id": eos_id, "pad_token_id": pad_id, "bos_token_id": None}
             config = AutoConfig.for_model(**{"max_position_embeddings": model.context, **ids, **model.init})
             policy = _new(config, dtype, seed)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         field, value = ("model.path", repr(model.path)) if model.path else ("model.init", str(dict(model.init)))
         raise ConfigError(f"{field} = {value}: {' '.join(str(error).split())}") from error
     _check_sizes(policy, model, vocab_size)
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the learner must compute the function that sampled
     return policy
 
 
@@ -108,7 +115,13 @@ def from_description(files: dict[str, bytes], dtype: str, device: str | torch.de
 
 
 def hidden_states(model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor, layout: Attends) -> Tensor:
-    """The last hidden states [T, hidden] of one flat forward, before the head; token_ids, position_ids int64 [T]."""
+    """The last hidden states [T, hidden] of one flat forward, before the head; token_ids, position_ids int64 [T].
+
+    Without tokens it computes one and drops it: a rank with nothing to do still takes part in every collective.
+    """
+    if not len(token_ids):
+        nothing = token_ids.new_zeros(1)
+        return hidden_states(model, nothing, nothing, Layout(np.array([0, 1]), device=token_ids.device))[:0]
     outputs = model.base_model(
         input_ids=token_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, layout=layout
     )
@@ -118,3 +131,55 @@ def hidden_states(model: PreTrainedModel, token_ids: Tensor, position_ids: Tenso
 def lm_head(model: PreTrainedModel) -> nn.Module:
     """The module that turns hidden states into logits."""
     return model.get_output_embeddings()
+
+
+@torch.no_grad()
+def check_isolation(model: PreTrainedModel) -> None:
+    """Raises `ConfigError` where a sequence's hidden states change with what is packed beside it.
+
+    Runs two short random sequences packed and the second alone, and names the first module whose output for the
+    second differs: an attention of its own, a convolution or a recurrence that knows no sequence borders.
+    """
+    parameters = inspect.signature(model.base_model.forward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        raise ConfigError(f"model: {type(model).__name__} takes no layout of packed sequences")
+    first, second = 11, 12
+    device = model.get_input_embeddings().weight.device
+    drawn = np.random.default_rng(0).integers(model.config.vocab_size, size=first + second)
+    token_ids = torch.from_numpy(drawn).to(device)
+    positions = torch.cat([torch.arange(first), torch.arange(second)]).to(device)
+    both = Layout(np.array([0, first, first + second]), device=device)
+    one = Layout(np.array([0, second]), device=device)
+    try:
+        packed = _outputs(model, token_ids, positions, both)
+        alone = _outputs(model, token_ids[first:], positions[first:], one)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"model: {type(model).__name__} cannot compute packed sequences: {error}") from error
+    for name, whole in packed.items():
+        single = alone.get(name)
+        if single is None or whole.shape[1] != first + second or single.shape[1] != second:
+            continue
+        bound = torch.finfo(whole.dtype).eps ** 0.5 * single.abs().max()
+        if not (whole[:, first:] - single).abs().max() <= bound:
+            raise ConfigError(f"model: {name} ({type(model).__name__}) lets packed sequences see each other")
+
+
+def _outputs(model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """What each module returned, as far as it is [1, T, ...], by name in the order of their return."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
+            outputs[name] = value
+
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
+        for name, module in model.base_model.named_modules()
+    ]
+    try:
+        outputs["the last hidden state"] = hidden_states(model, token_ids, position_ids, layout).unsqueeze(0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs

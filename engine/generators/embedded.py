@@ -124,8 +124,8 @@ class Embedded:
         length = len(lease.prompt.token_ids)
         if not 0 < length < self._context:
             raise ConfigError(
-                f"domains: prompt {lease.prompt.index} of {lease.prompt.domain!r} has {length} tokens: must be at least "
-                f"1 and below model.context = {self._context}"
+                f"domains: prompt {lease.prompt.index} of {lease.prompt.domain!r} has {length} tokens: must be at "
+                f"least 1 and below model.context = {self._context}"
             )
         self._waiting.append(Request(lease))
 
@@ -233,7 +233,7 @@ class Embedded:
         return hidden_states(self._model, self._tensor(np.concatenate(token_ids)), self._tensor(where), step)
 
     def _fan_out(self, logits: Tensor, num_decoding: int, started: list[tuple[Request, int, int]]) -> Tensor:
-        """The rows of `logits` repeated for the samples of one prompt, and its keys and values copied to their slots."""
+        """The rows of `logits`, a prompt's once for each of its samples; its keys and values go to their slots."""
         parts, fresh_row = [logits[:num_decoding]], num_decoding
         for request, first, last in started:
             length = len(request.lease.prompt.token_ids)

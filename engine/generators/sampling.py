@@ -50,7 +50,7 @@ def draw(
 
 def _truncate(weights: Tensor, top_p: Tensor | None, top_k: Tensor | None) -> Tensor:
     """`weights` [N, V] with 0 outside the `top_k` likeliest (0: all) and the fewest likeliest that reach `top_p`."""
-    ordered, order = weights.sort(-1, descending=True, stable=True)
+    ordered, order = torch.sort(weights, stable=True, dim=-1, descending=True)
     kept = torch.ones_like(ordered, dtype=torch.bool)
     if top_p is not None:
         kept &= ordered.cumsum(-1) - ordered < top_p.unsqueeze(1)
