@@ -44,7 +44,7 @@ from engine.schema import (
 from engine.scorer import Scorer
 from engine.stream import Link, Pump, Silence
 from engine.tokenizer import decode, from_files
-from engine.weights import Staged, subscribe
+from engine.weights import Staged, WeightsError, subscribe
 from rewards.verdict import Verdict
 
 Key = tuple[Kind, int, int]  # kind, group_id, attempt: one lease
@@ -157,8 +157,12 @@ class Actor:
             self._staging.add_done_callback(lambda _: os.write(self._wake_write, b"."))
         if self._staging is None or not self._staging.done():
             return
-        staged, stage_s = self._staging.result()
-        self._staging = None
+        staging, self._staging = self._staging, None
+        if isinstance(error := staging.exception(), WeightsError):
+            self._wanted = self._generator.version  # stay on it until the next version is published
+            print(f"{self._name}: {error}", file=sys.stderr, flush=True)
+            return
+        staged, stage_s = staging.result()
         if staged.version > self._generator.version:
             paused = time.monotonic()
             self._generator.load(staged.version, staged.tensors)
@@ -173,14 +177,13 @@ class Actor:
     def _score(self, sampled: Sampled) -> None:
         lease = sampled.lease
         key = (lease.kind, lease.group_id, lease.attempt)
-        prompt = lease.prompt
         self._scoring[key] = sampled
         ends = np.cumsum(sampled.lengths)
         texts = [
             decode(self._tokenizer, sampled.token_ids[end - length : end])
             for end, length in zip(ends, sampled.lengths, strict=True)
         ]
-        self._scorer.submit(key, [(prompt.domain, prompt.text, text, prompt.answer, prompt.fields) for text in texts])
+        self._scorer.submit(key, lease.prompt, texts)
 
     def _deliver(self) -> None:
         for key, verdicts in self._scorer.poll():

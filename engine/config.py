@@ -67,6 +67,7 @@ class Domain(Struct, kw_only=True):
     path: str = ""  # file: .jsonl or .parquet with `prompt`, `answer` and any further columns
     eval_path: str = ""  # file: held-out data; empty: the split is made by prompt hash
     options: dict[str, Any] = {}  # of the task or the callable
+    question: str = ""  # reasoning_gym: words the task by the item's metadata, "{word}="; empty: by its own question
     template: str = "{prompt}"  # applied to text prompts, not to chat messages
     system: str = ""  # a system message, where the tokenizer has a chat template
     weight: float = 1.0

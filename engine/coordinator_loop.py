@@ -10,13 +10,12 @@ from typing import Any
 import zmq
 
 from engine import tokenizer
-from engine.algorithms.penalties import compose_penalties
 from engine.config import Config, ConfigError, load, to_toml
 from engine.coordinator import Coordinator
 from engine.ledger import Ledger
 from engine.process import die_with_parent
 from engine.prompts import Prompts
-from engine.run_directory import RunDirectory
+from engine.run_directory import RunDirectory, description
 from engine.schema import (
     SCHEMA_VERSION,
     Applied,
@@ -48,6 +47,7 @@ from engine.schema import (
     Welcome,
     encode,
 )
+from engine.scores import shape_by
 from engine.stream import Hub, Link, Pump, Tap
 from engine.weights.segment import host_id
 from engine.weights.tcp import Server
@@ -66,10 +66,10 @@ class CoordinatorLoop:
         self._hub = Hub(config.placement.bind, config.placement.port, FromGenerator)
         self._weights = Server(segment, config.placement.bind)
         self._ledger = Ledger(run.ledger)
-        self._files = {path.name: path.read_bytes() for path in sorted(run.model.iterdir())}
+        self._files = {path.name: path.read_bytes() for path in description(run.model)}
         prompts = Prompts(config, tokenizer.from_files(self._files))
-        penalties = compose_penalties(config.algorithm.penalties)
-        self._coordinator = Coordinator(config, prompts, self._ledger, penalties)
+        shape = shape_by(config.algorithm.penalties)
+        self._coordinator = Coordinator(config, prompts, self._ledger, shape)
         self._incarnation = self._coordinator.begin(time.monotonic(), snapshot)
         self._tap = Tap(run.stream / f"{self._incarnation:04d}.tap")
         self._tap.append(encode(Began(self._incarnation, self._coordinator.version)))

@@ -1,14 +1,11 @@
 """Credit assignment: the scores of whole groups become one advantage a completion."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
 from engine.algorithms.method import Method
 from engine.schema import Group
-
-Shape = Callable[[Group], np.ndarray]  # penalised scores, float64 [num_samples]
+from engine.scores import Shape
 
 
 def advantages(method: Method, shape: Shape, groups: list[Group]) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
 """The entry: torchrun engine/launch.py CONFIG [--a.b=c ...] [--resume RUN_DIR] [--dry-run]
 
-Checks everything, gives this rank its role and runs it. Without torchrun it is the only rank. Exit code 0: done or
-stopped as asked; 2: a mistake of the user, told in one line; 1: anything else, resumable.
+Checks everything, gives this rank its role and runs it. Without torchrun it is the only rank. Exit code 0: done; 2: a mistake of
+the user, told in one line; 130: stopped as asked; 1: anything else. Both of these leave a run to resume.
 """
 
 import os
@@ -19,14 +19,14 @@ import torch.distributed as dist
 
 from engine import checkpoint, plan, tokenizer, warm_start
 from engine.algorithms.method import compose
-from engine.algorithms.penalties import compose_penalties
 from engine.config import Config, ConfigError, load
 from engine.learner_loop import Job, Mismatch, learn
 from engine.model import build, check_isolation, describe
 from engine.placement import Seat, join_learners, rendezvous, seat
-from engine.process import ProcessDied, StopSignal, Supervisor, die_with_parent
+from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, die_with_parent
 from engine.prompts import Prompts
 from engine.run_directory import RunDirectory, check_creatable, check_port, create, reopen
+from engine.scores import shape_by
 from engine.stream import Silence
 
 RUN_KEY, ADDRESS_KEY = "leeway/run", "leeway/address"  # in the ranks' store
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> None:
     """All that can be known before anything is made; on rank 0 alone. Raises `ConfigError`."""
     compose(config.algorithm)
-    compose_penalties(config.algorithm.penalties)
+    shape_by(config.algorithm.penalties)
     tokens = tokenizer.load(config.model)
     prompts = Prompts(config, tokens)
     check_port(config)
@@ -128,8 +128,11 @@ def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | No
     try:
         if store is not None and job.lead:
             store.set(ADDRESS_KEY, job.rollouts.address)
-        reason = learn(job)
-        job.finish(reason)
+        learn(job)
+        job.finish()
+    except Stopped:
+        job.say(f"stopped at version {job.learner.version}; continue with --resume {run.path}")
+        return 130
     finally:
         job.close()
     if dist.is_initialized():

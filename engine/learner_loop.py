@@ -12,7 +12,6 @@ from torch import nn
 
 from engine import checkpoint, metrics
 from engine.algorithms.method import compose
-from engine.algorithms.penalties import compose_penalties
 from engine.config import Config
 from engine.credit import advantages
 from engine.learner import Learner
@@ -22,8 +21,9 @@ from engine.policy import named_tensors
 from engine.process import StopSignal, Supervisor
 from engine.progress import Progress
 from engine.rollouts import Rollouts
-from engine.run_directory import RunDirectory
+from engine.run_directory import RunDirectory, description
 from engine.schema import Evaluation, Group, State, Taken, Trained
+from engine.scores import shape_by
 from engine.weights import Manifest, Publisher
 
 
@@ -34,12 +34,14 @@ class Mismatch(RuntimeError):
 class Job:
     """One learner rank's view of a running job."""
 
-    def __init__(self, config: Config, run: RunDirectory, seat: Seat, stop: StopSignal, policy: nn.Module, resume: Path | None):
+    def __init__(
+        self, config: Config, run: RunDirectory, seat: Seat, stop: StopSignal, policy: nn.Module, resume: Path | None
+    ):
         self.config, self.run, self.seat, self.stop = config, run, seat, stop
         self.lead = seat.rank == 0
         self.started = time.monotonic()
         self.method = compose(config.algorithm)
-        self.shape = compose_penalties(config.algorithm.penalties)
+        self.shape = shape_by(config.algorithm.penalties)
         self.learner = Learner(config, policy, self.method, device=seat.device, directory=run.debug)
         if resume is not None:
             checkpoint.load(resume, config, self.learner)
@@ -156,18 +158,23 @@ class Job:
         if self.recorder is not None:
             self.recorder.record({"kind": "parity", "step": self.learner.version, "mismatch": difference})
 
+    def say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.say(text)
+
     def phase(self, text: str) -> None:
         if self.progress is not None:
             self.progress.phase(text)
 
     # ---- the end ----
 
-    def finish(self, reason: str) -> None:
+    def finish(self) -> None:
         """Export, summary and an orderly end of all processes."""
-        state = self.rollouts.finish(reason)
-        if self.config.checkpoint.export and reason == "done":
-            checkpoint.export(self.learner, self.run.model, self.run.export)
-        if state is not None and reason == "done":
+        state = self.rollouts.finish("the job is done")
+        if self.config.checkpoint.export:
+            small = {path.name: path.read_bytes() for path in description(self.run.model)}
+            checkpoint.export(self.learner, self.run.export, small)
+        if state is not None:
             summary = self.summary(state)
             self.run.summary.write_text(json.dumps(summary, indent=2))
             self.show(summary)
@@ -208,7 +215,9 @@ class Job:
             f"{summary['generator_idle']:.0%} generators: "
             f"{metrics.bottleneck(summary['learner_idle'], summary['generator_idle'])}"
         )
-        self.progress.say(f"run      {self.run.path}\nmodel    {self.run.export}\nreport   python -m engine.report {self.run.path}")
+        for name, text in {"run": self.run.path, "model": self.run.export}.items():
+            self.progress.say(f"{name:<8} {text}")
+        self.progress.say(f"report   python -m engine.report {self.run.path}")
 
     def close(self) -> None:
         """Ends whatever still runs, in an order that leaves nobody waiting; safe to call after any failure."""
@@ -230,8 +239,8 @@ def trained_staleness(groups: list[Group], version: int, config: Config) -> int:
     return int(fresh.max(initial=0))
 
 
-def learn(job: Job) -> str:
-    """Runs `job` to its last step; "done", or "stopped" when someone asked it to stop."""
+def learn(job: Job) -> None:
+    """Runs `job` to its last step. Raises `Stopped`, resumably, when someone asks it to stop."""
     config, learner = job.config, job.learner
     job.publish()
     job.check_parity()
@@ -244,7 +253,7 @@ def learn(job: Job) -> str:
         taken, waited_s = job.take()
         if taken is None:
             job.save()
-            return "stopped"
+            raise job.stop.error()
         trained = time.monotonic()
         report = job.step(taken)
         published = time.monotonic()
@@ -257,4 +266,3 @@ def learn(job: Job) -> str:
             job.rollouts.evaluate(f"step {learner.version}")
     job.save()
     job.evaluate_pinned("after")
-    return "done"

@@ -121,7 +121,8 @@ def main(argv: list[str]) -> int:
             for name in sorted(key.partition("/")[2] for key in row if key.startswith("accuracy/"))
         ]
         span = f"versions {row['first_version']} to {row['last_version']}"
-        console.print(table(f"Evaluation {row['name']!r}, {span}", ("domain", "avg@k", "stderr", "completions"), scores))
+        columns = ("domain", "avg@k", "stderr", "completions")
+        console.print(table(f"Evaluation {row['name']!r}, {span}", columns, scores))
     if steps:
         console.print(table("The learner's time", ("phase", "seconds", "share"), phases(steps)))
         console.print(f"bottleneck: {steps[-1]['bottleneck']}")

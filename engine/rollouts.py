@@ -58,7 +58,8 @@ class Rollouts:
         taken = None
         if self._seat.rank == 0 and not self._stop.asked:
             try:
-                taken = self._ask(Take(num_groups, version), Taken, self._deadlines.take_s, f"take at version {version}")
+                message = Take(num_groups, version)
+                taken = self._ask(message, Taken, self._deadlines.take_s, f"take at version {version}")
             except Stopped:
                 taken = None
         return self._share(taken)

@@ -51,6 +51,11 @@ class RunDirectory:
         return self.path.name
 
 
+def description(model: Path) -> list[Path]:
+    """The small files of a model's directory: tokenizer and configuration, without the weights."""
+    return [path for path in sorted(model.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
+
+
 def create(config: Config) -> RunDirectory:
     """Makes the run's directory: the named one, which must not exist, or the next free number below `run.root`."""
     if config.run.directory:

@@ -191,9 +191,11 @@ def open_task(field: str, domain: Domain, mould: Mould, seed: int) -> Source:
         }
         item = entry(**named)
         answer = item["answer"]  # None where a task accepts many
-        return {"prompt": item["question"], "answer": "" if answer is None else str(answer), **named}
+        prompt = domain.question.format_map(item["metadata"]) if domain.question else item["question"]
+        return {"prompt": prompt, "answer": "" if answer is None else str(answer), **named}
 
     _try(f"{field}.options = {domain.options!r}", draw)
+    _try(f"{field}.question = {domain.question!r}", draw)
     return Generated(f"{field}.task = {domain.task!r}", draw, mould, seed)
 
 

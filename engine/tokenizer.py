@@ -123,4 +123,4 @@ def decode(tokenizer: "PreTrainedTokenizerBase", token_ids: np.ndarray | list[in
     """The text of a completion, special tokens left out."""
     ids = token_ids.tolist() if isinstance(token_ids, np.ndarray) else token_ids
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)  # without transformers' own 30 us a call
-    return backend.decode(ids, skip_special_tokens=True)
+    return str(backend.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,102 @@
+"""The plain synchronous algorithm: sample, score, train, load; one after the other in one process.
+
+The reference for `max_staleness = 0`: nothing here knows of tickets, buffer, stream, coordinator or the loops.
+"""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from engine import tokenizer as tokenizers
+from engine.algorithms.method import compose
+from engine.config import Config
+from engine.credit import advantages
+from engine.generators.table import GENERATORS
+from engine.learner import Learner
+from engine.model import build, describe
+from engine.packer import pack
+from engine.prompts import Prompts
+from engine.schema import Group, Lease, Prompt, Sampling
+from engine.scores import shape_by
+from rewards.verdict import Verdict
+
+
+def train(config: Config, directory: Path) -> dict[str, torch.Tensor]:
+    """The weights after `run.steps` steps, by name."""
+    tokenizer = tokenizers.load(config.model)
+    prompts = Prompts(config, tokenizer)
+    policy = build(
+        config.model,
+        vocab_size=len(tokenizer),
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        seed=config.run.seed,
+    )
+    files = {**tokenizers.files(tokenizer), **describe(policy)}
+    generator = GENERATORS[config.generator.engine](config, files, tokenizer)
+    method, shape = compose(config.algorithm), shape_by(config.algorithm.penalties)
+    learner = Learner(config, policy, method, device="cpu", directory=directory)
+    number = 0
+    for version in range(config.run.steps):
+        generator.load(version, {name: tensor.clone() for name, tensor in learner.weights()})
+        leases = []
+        for _ in range(config.run.groups_per_step):
+            prompt = prompts.prompt(*prompts.draw())
+            leases.append(lease(config, number, version, prompt))
+            generator.submit(leases[-1])
+            number += 1
+        groups = {}
+        while len(groups) < len(leases):
+            for sampled in generator.poll(0.0):
+                groups[sampled.lease.group_id] = scored(sampled, tokenizer)
+        ordered = [groups[lease.group_id] for lease in leases]
+        learner.step(
+            pack(
+                ordered,
+                advantages(method, shape, ordered),
+                version=version,
+                max_staleness=0,
+                num_ranks=1,
+                budget=config.learner.tokens_per_micro_batch,
+                share_prefix=config.learner.share_prefix,
+                num_updates=config.learner.updates_per_step,
+            )
+        )
+    return {name: tensor.clone() for name, tensor in learner.weights()}
+
+
+def lease(config: Config, number: int, version: int, prompt: Prompt) -> Lease:
+    settings = config.generator
+    sampling = Sampling(settings.temperature, settings.max_new_tokens, stop=tuple(settings.stop))
+    return Lease("train", number, 0, version, config.run.seed, config.run.group_size, prompt, sampling)
+
+
+def scored(sampled, tokenizer) -> Group:
+    """Judged by exact match, without the reward's worker processes."""
+    ends = np.cumsum(sampled.lengths)
+    texts = [
+        tokenizers.decode(tokenizer, sampled.token_ids[end - n : end])
+        for end, n in zip(ends, sampled.lengths, strict=True)
+    ]
+    prompt = sampled.lease.prompt
+    fields = {name: getattr(sampled, name) for name in ("lengths", "finish", "token_ids", "logprobs", "versions")}
+    return Group(
+        kind="train",
+        group_id=sampled.lease.group_id,
+        attempt=0,
+        incarnation=0,
+        generator="reference",
+        domain=prompt.domain,
+        lease_version=sampled.lease.version,
+        temperature=sampled.lease.sampling.temperature,
+        prompt_ids=prompt.token_ids,
+        verdicts=[Verdict.of(float(text.strip() == prompt.answer.strip())) for text in texts],
+        loss_mask=np.ones(len(sampled.token_ids), np.uint8),
+        **fields,
+    )
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    return msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, steps=steps))
