@@ -191,6 +191,12 @@ def test_a_task_prompt_finds_its_entry_again_after_the_journey(tokenizer):
         assert not reward(there.text, there.answer + "7", there.answer, **there.fields).solved
 
 
+def test_generated_prompts_do_not_repeat_when_a_data_set_ends(tokenizer):
+    prompts = Prompts(make([CHAIN]), tokenizer)
+    texts = [[prompts.prompt("sum", start + index).text for index in range(20)] for start in (0, 1000, 2000)]
+    assert texts[0] != texts[1] != texts[2]
+
+
 def test_shuffled_rewards_are_the_next_prompts_and_evaluation_is_honest(tokenizer, tmp_path):
     honest = Prompts(make([numbers(tmp_path / "a.jsonl", eval_prompts=3)]), tokenizer)
     shuffled = Prompts(make([numbers(tmp_path / "a.jsonl", eval_prompts=3, reward_shuffle=True)]), tokenizer)

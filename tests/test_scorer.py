@@ -65,13 +65,20 @@ def collect(scorer, num_groups, within_s=20.0):
     found, ends = {}, time.monotonic() + within_s
     while len(found) < num_groups and time.monotonic() < ends:
         found.update(scorer.poll(0.05))
-    assert len(found) == num_groups
+    assert len(found) == num_groups and time.monotonic() < ends
     return found
 
 
 def judge(scorer, *completions, **fields):
     scorer.submit("key", prompt(**fields), list(completions))
     return collect(scorer, 1)["key"]
+
+
+def kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 
 
 def gone(pid):
@@ -171,8 +178,13 @@ def test_workers_die_with_their_owner(tmp_path):
     pid = owner.stdout.readline().strip()
     assert Path(f"/proc/{pid}").exists()
     owner.kill()
-    owner.communicate()
-    assert gone(pid)
+    owner.wait()
+    owner.stdout.close()
+    owner.stdin.close()
+    try:
+        assert gone(pid)
+    finally:
+        kill(int(pid))
 
 
 def test_a_package_of_the_users_named_rewards_is_not_in_the_way(tmp_path, monkeypatch):
