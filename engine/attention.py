@@ -163,92 +163,85 @@ class _SharedPrefix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-        heads, kv_heads = query.shape[0], key.shape[0]
+        kv_heads, repeat = key.shape[0], query.shape[0] // key.shape[0]
         q, k, v = _rows(query), _rows(key), _rows(value)
-        q_pad, k_pad, v_pad = (
-            q.index_select(0, layout.pad),
-            _repeat(k.index_select(0, layout.pad), heads, kv_heads),
-            _repeat(v.index_select(0, layout.pad), heads, kv_heads),
-        )
-        outs, lses = [q.new_empty(0, q.shape[1])], [q.new_empty(0, heads, dtype=_lse_dtype(q))]
-        for bucket in layout.buckets:
-            o, lse = _flash(*(bucket.cut(x, heads) for x in (q_pad, k_pad, v_pad)), 0.0, True, scale=scale)
-            outs.append(_flat(o))
-            lses.append(lse.transpose(1, 2).reshape(-1, heads))
-        out, lse = (torch.cat(x).index_select(0, layout.unpad) for x in (outs, lses))
+        blocks = [x.index_select(0, layout.pad) for x in (q, k, v)]
+        blocks[1:] = (_repeat(x, kv_heads, repeat) for x in blocks[1:])
+        out, lse = _own(layout, blocks, kv_heads * repeat, scale)
+        q_all, o_all, l_all = (_by_head(x, kv_heads, repeat) for x in (q, out, lse))
+        k_all, v_all = (_by_head(x, kv_heads, 1).expand(-1, repeat, -1, -1) for x in (k, v))
         for fork in layout.forks:
-            q2, k2, v2 = _fork_views(fork, q, k, v, heads, kv_heads)
-            o2, l2 = _flash(q2, k2, v2, 0.0, False, scale=scale)
-            o1 = _by_kv_head(out[fork.queries], heads, kv_heads)
-            l1 = _by_kv_head(lse[fork.queries], heads, kv_heads)[..., 0]
+            at, of = fork.queries, fork.keys
+            o2, l2 = _flash(q_all[:, :, at], k_all[:, :, of], v_all[:, :, of], 0.0, False, scale=scale)
+            o1, l1 = o_all[:, :, at], l_all[:, :, at, 0]
             o1.copy_(torch.lerp(o2, o1, torch.sigmoid(l1 - l2).to(o2.dtype).unsqueeze(-1)))
             l1.copy_(torch.logaddexp(l1, l2))
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.scale, ctx.heads = layout, scale, (heads, kv_heads)
-        return out.view(len(out), heads, -1)
+        ctx.save_for_backward(q, k, v, *blocks, out, lse)
+        ctx.layout, ctx.scale, ctx.heads = layout, scale, (kv_heads, repeat)
+        return out.view(len(out), kv_heads * repeat, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        layout, scale, (heads, kv_heads) = ctx.layout, ctx.scale, ctx.heads
-        grad = grads[0].reshape(len(out), -1)
-        q_pad, k_pad, v_pad = (
-            q.index_select(0, layout.pad),
-            _repeat(k.index_select(0, layout.pad), heads, kv_heads),
-            _repeat(v.index_select(0, layout.pad), heads, kv_heads),
-        )
-        # exp(score - inf) = 0: an empty place of a block gives no gradient to the keys before it
-        lse_pad = lse.index_select(0, layout.pad).masked_fill_(layout.pads.unsqueeze(1), torch.inf)
-        grad_pad, out_pad = grad.index_select(0, layout.pad), out.index_select(0, layout.pad)
-        parts: list[tuple[Tensor, ...]] = [(q[:0], q[:0], q[:0])]
-        for bucket in layout.buckets:
-            blocks = [bucket.cut(x, heads) for x in (grad_pad, q_pad, k_pad, v_pad, out_pad, lse_pad)]
-            part = _flash_backward(*blocks[:5], blocks[5][..., 0], 0.0, True, scale=scale)
-            parts.append(tuple(_flat(x) for x in part))
-        dq, dk, dv = (torch.cat(x).index_select(0, layout.unpad) for x in zip(*parts, strict=True))
-        dk, dv = (x.view(len(x), kv_heads, heads // kv_heads, -1).sum(2).flatten(1) for x in (dk, dv))
+        q, k, v, *blocks, out, lse = ctx.saved_tensors
+        layout, scale, (kv_heads, repeat) = ctx.layout, ctx.scale, ctx.heads
+        grad = grads[0].reshape(out.shape)
+        dq, dk, dv = _own_backward(layout, [grad, *blocks, out, lse], scale)
+        dk, dv = (x.view(len(x), kv_heads, repeat, -1).sum(2).flatten(1) for x in (dk, dv))
+        g_all, q_all, o_all, l_all, dq_all = (_by_head(x, kv_heads, repeat) for x in (grad, q, out, lse, dq))
+        k_all, v_all = (_by_head(x, kv_heads, 1).expand(-1, repeat, -1, -1) for x in (k, v))
+        dk_all, dv_all = (_by_head(x, kv_heads, 1)[:, 0] for x in (dk, dv))
         for fork in layout.forks:
-            q2, k2, v2 = _fork_views(fork, q, k, v, heads, kv_heads)
-            g2, o2 = (_by_kv_head(x[fork.queries], heads, kv_heads) for x in (grad, out))
-            l2 = _by_kv_head(lse[fork.queries], heads, kv_heads)[..., 0]
-            dq2, dk2, dv2 = _flash_backward(g2, q2, k2, v2, o2, l2, 0.0, False, scale=scale)
-            _by_kv_head(dq[fork.queries], heads, kv_heads).add_(dq2)
-            dk[fork.keys].add_(_flat(dk2.sum(1, keepdim=True).transpose(0, 1)))
-            dv[fork.keys].add_(_flat(dv2.sum(1, keepdim=True).transpose(0, 1)))
-        dim = dq.shape[1] // heads
+            at, of = fork.queries, fork.keys
+            inputs = g_all[:, :, at], q_all[:, :, at], k_all[:, :, of], v_all[:, :, of], o_all[:, :, at]
+            dq2, dk2, dv2 = _flash_backward(*inputs, l_all[:, :, at, 0], 0.0, False, scale=scale)
+            dq_all[:, :, at] += dq2
+            dk_all[:, of] += dk2.sum(1)
+            dv_all[:, of] += dv2.sum(1)
+        dim = dq.shape[1] // (kv_heads * repeat)
         return *(x.view(len(x), -1, dim).transpose(0, 1) for x in (dq, dk, dv)), None, None
 
 
-def _lse_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _own(layout: Layout, blocks: list[Tensor], heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention within segments: `blocks` are q, k, v [P, heads * D]; returns out [T, heads * D] and the log-sum-exp
+    [T, heads]."""
+    parts = [(blocks[0][:0], blocks[0].new_empty(0, heads, dtype=torch.promote_types(blocks[0].dtype, torch.float32)))]
+    for bucket in layout.buckets:
+        out, lse = _flash(*(bucket.cut(x, heads) for x in blocks), 0.0, True, scale=scale)
+        parts.append((_flat(out), _flat(lse.unsqueeze(-1))))
+    out, lse = (torch.cat(part).index_select(0, layout.unpad) for part in zip(*parts, strict=True))
+    return out, lse
+
+
+def _own_backward(layout: Layout, saved: list[Tensor], scale: float) -> list[Tensor]:
+    """Gradients [T, heads * D] of q, k and v as `_own` takes them; `saved` are the output's gradient [T, heads * D],
+    the three blocks, the joined output and its log-sum-exp."""
+    heads = saved[-1].shape[1]
+    grad, out, lse = (x.index_select(0, layout.pad) for x in (saved[0], saved[-2], saved[-1]))
+    # exp(score - inf) = 0: an empty place of a block gives no gradient to the keys before it
+    lse.masked_fill_(layout.pads.unsqueeze(1), torch.inf)
+    parts = [[x[:0] for x in saved[1:4]]]
+    for bucket in layout.buckets:
+        *inputs, kept = (bucket.cut(x, heads) for x in (grad, *saved[1:4], out, lse))
+        parts.append([_flat(x) for x in _flash_backward(*inputs, kept[..., 0], 0.0, True, scale=scale)])
+    return [torch.cat(part).index_select(0, layout.unpad) for part in zip(*parts, strict=True)]
 
 
 def _rows(x: Tensor) -> Tensor:
     """[heads, T, D] -> [T, heads * D]; a view where memory lies so already."""
-    return x.transpose(0, 1).reshape(x.shape[1], -1)
+    return x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
 
 
 def _flat(x: Tensor) -> Tensor:
     """[N, heads, L, D] -> [N * L, heads * D]."""
-    return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], -1)
+    return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], x.shape[1] * x.shape[3])
 
 
-def _repeat(rows: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """[P, kv_heads * D] -> [P, heads * D], each head as often as query heads share it."""
-    if heads == kv_heads:
-        return rows
-    return rows.view(len(rows), kv_heads, 1, -1).expand(-1, -1, heads // kv_heads, -1).reshape(len(rows), -1)
+def _repeat(rows: Tensor, kv_heads: int, repeat: int) -> Tensor:
+    """[P, kv_heads * D] -> [P, kv_heads * repeat * D], each head as often as query heads share it."""
+    dim = rows.shape[1] // kv_heads
+    return rows.view(-1, kv_heads, 1, dim).expand(-1, -1, repeat, -1).reshape(-1, kv_heads * repeat * dim)
 
 
-def _by_kv_head(rows: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """[N, heads * D] -> [kv_heads, heads / kv_heads, N, D], a view."""
-    return rows.view(len(rows), kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
-
-
-def _fork_views(
-    fork: Fork, q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Views [kv_heads, heads / kv_heads, N, D] of the fork's queries and, repeated without a copy, of its keys."""
-    repeat = heads // kv_heads
-    k2, v2 = (_by_kv_head(x[fork.keys], kv_heads, kv_heads).expand(-1, repeat, -1, -1) for x in (k, v))
-    return _by_kv_head(q[fork.queries], heads, kv_heads), k2, v2
+def _by_head(rows: Tensor, kv_heads: int, repeat: int) -> Tensor:
+    """[N, kv_heads * repeat * D] -> [kv_heads, repeat, N, D], a view."""
+    return rows.view(len(rows), kv_heads, repeat, -1).permute(1, 2, 0, 3)
