@@ -53,7 +53,9 @@ class Manifest(msgspec.Struct, frozen=True):
     files: dict[str, File]
 
 
-def save(run: Path, config: Config, learner: Learner, write_rest: Callable[[Path], None] = lambda folder: None) -> Path:
+def save(
+    run: Path, config: Config, learner: Learner, write_rest: Callable[[Path], object] = lambda folder: None
+) -> Path:
     """Writes `run`/checkpoints/step-N and removes all but the newest `checkpoint.keep`. Collective.
 
     Rank 0 calls `write_rest(folder)` for the files of others before the directory is sealed.

@@ -64,7 +64,8 @@ class Learner:
         self._device = torch.device(device)
         self._directory = directory
         self.version = self.steps = self.updates = self.bad_updates = self.bad_in_a_row = 0
-        self.model = model.eval().to(device=self._device)  # no dropout: generators sample without it
+        self.model = model
+        nn.Module.to(model.eval(), self._device)  # eval: no dropout, as generators sample without it
         place = partial(self._place, temperature=config.generator.temperature)
         self._reference = place(copy.deepcopy(model).requires_grad_(False)) if method.needs_reference else None
         if config.learner.activation_checkpointing:
@@ -140,7 +141,7 @@ class Learner:
 
     def _apply(self, gradients: list[Tensor], norm: float) -> None:
         if norm > self._config.clip_norm:
-            torch._foreach_mul_(gradients, self._config.clip_norm / norm)
+            torch._foreach_mul_(gradients, self._config.clip_norm / norm)  # pyright: ignore[reportPrivateImportUsage]
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._config, self.updates, self._total_updates)
         self._optimizer.step()

@@ -71,7 +71,7 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, *, temperature: float, entropy_gradient: bool = False):
         super().__init__()
         self.model = model
-        self._num_logits = lm_head(model).weight.shape[0]
+        self._num_logits = lm_head(model).get_parameter("weight").shape[0]
         self._temperature = temperature
         self._entropy_gradient = entropy_gradient
 

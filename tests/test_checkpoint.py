@@ -138,6 +138,7 @@ def train(rank: int, run: Path, num_ranks: int, overrides: tuple[str, ...], firs
     """Steps `first` to `last` on `num_ranks` ranks, from the newest checkpoint if there is one; saves at the end."""
     config = learning.configure("learner.schedule='linear'", *overrides, model="gpt_neox")
     learner = learning.learner(config, run)
+    learner.mismatch(learning.groups(1))  # a forward without backward must leave nothing of the old weights behind
     found = checkpoint.latest(run)
     if found is not None:
         assert checkpoint.load(found, learner).step == first
