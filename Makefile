@@ -7,7 +7,8 @@ PYTHON ?= python3
 CONFIG ?= configs/tiny.toml
 TORCH := torch==2.13.0
 PINS := $(TORCH) transformers==5.12.1
-CPU_INDEX := https://download.pytorch.org/whl/cpu
+# make TORCH_INDEX=URL takes torch from an index of your choice, one of CPU builds for instance.
+TORCH_INDEX ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
@@ -46,12 +47,9 @@ clean:
 	{ cd $@ && apt-get download -q libpython$$(../bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')-dev \
 	  && dpkg -x libpython*.deb . || { echo "Python.h is missing: apt install python3-dev"; rm -rf $(CURDIR)/$@; exit 1; }; }
 
-# torch comes first and alone, by its exact version: the extension is compiled against it. PyPI has the CUDA build;
-# a machine without a GPU takes the small CPU build where its index can be reached.
+# torch comes first and alone, by its exact version: the extension is compiled against it.
 .venv/torch: .venv/headers
-	$(PIP) install $(TORCH) $$(nvidia-smi >/dev/null 2>&1 || { $(BIN)/python -c \
-	'from urllib.request import urlopen; urlopen("$(CPU_INDEX)/torch/", timeout=10)' 2>/dev/null \
-	&& echo --extra-index-url $(CPU_INDEX); })
+	$(PIP) install $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) install "setuptools>=77.0.3" wheel ninja "pybind11>=2.13"
 	touch $@
 

@@ -11,13 +11,13 @@ from engine.task import Task, samplings
 
 
 class Surveys:
-    """The evaluations and probes under way, by name; and the results of finished ones until they are asked for."""
+    """The evaluations and probes under way, and the results of finished ones until they are asked for."""
 
     def __init__(self, config: Config):
         self.num_tasks = 0  # ever; numbers them, so that every evaluation draws other random numbers
         self.completed: list[Evaluation] = []  # of those that nobody waits for
         self._sampling = samplings(config)
-        self._under_way: dict[str, Survey] = {}
+        self._under_way: dict[int, Survey] = {}  # by the number of its first task
         self._pending: deque[Task] = deque()
         self._evaluations: dict[str, Evaluation] = {}
         self._probes: dict[str, list[Group]] = {}
@@ -32,11 +32,12 @@ class Surveys:
         return [survey.name for survey in self._under_way.values() if survey.kind == "eval" and not survey.wait]
 
     def begin(self, name: str, kind: Kind, wait: bool, prompts: list[Prompt], now: float) -> None:
-        survey = self._under_way[name] = Survey(name, kind, wait, len(prompts), now)
+        number = self.num_tasks
+        self._under_way[number] = Survey(name, kind, wait, len(prompts), now)
         for prompt in prompts:
-            self._pending.append(Task(kind, self.num_tasks, prompt, *self._sampling[kind], survey=name))
+            self._pending.append(Task(kind, self.num_tasks, prompt, *self._sampling[kind], survey=number))
             self.num_tasks += 1
-        self._conclude(survey, now)
+        self._conclude(number, now)
 
     def next_task(self) -> Task | None:
         return self._pending.popleft() if self._pending else None
@@ -45,14 +46,12 @@ class Surveys:
         self._pending.appendleft(task)
 
     def add(self, task: Task, group: Group, now: float) -> None:
-        survey = self._under_way[task.survey]
-        survey.add(group)
-        self._conclude(survey, now)
+        self._under_way[task.survey].add(group)
+        self._conclude(task.survey, now)
 
     def give_up(self, task: Task, now: float) -> None:
-        survey = self._under_way[task.survey]
-        survey.give_up(task.prompt, task.num_samples)
-        self._conclude(survey, now)
+        self._under_way[task.survey].give_up(task.prompt, task.num_samples)
+        self._conclude(task.survey, now)
 
     def evaluation(self, name: str) -> Evaluation | None:
         """The finished evaluation begun with `wait`, once."""
@@ -62,10 +61,11 @@ class Surveys:
         """The groups of a finished probe, once."""
         return self._probes.pop(name, None)
 
-    def _conclude(self, survey: "Survey", now: float) -> None:
+    def _conclude(self, number: int, now: float) -> None:
+        survey = self._under_way[number]
         if not survey.done:
             return
-        del self._under_way[survey.name]
+        del self._under_way[number]
         if survey.kind == "probe":
             self._probes[survey.name] = survey.groups
         elif survey.wait:

@@ -1,7 +1,7 @@
 """The entry: torchrun engine/launch.py CONFIG [--a.b=c ...] [--resume RUN_DIR] [--dry-run]
 
-Checks everything, gives this rank its role and runs it. Without torchrun it is the only rank. Exit code 0: done; 2: a mistake of
-the user, told in one line; 130: stopped as asked; 1: anything else. Both of these leave a run to resume.
+Checks everything, gives this rank its role and runs it. Without torchrun it is the only rank. Exit code 0: done; 2: a
+mistake of the user, told in one line; 130: stopped as asked; 1: anything else. The last two leave a run to resume.
 """
 
 import os
@@ -10,12 +10,14 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else engine/ itself, shadowing standard modules
+    sys.path.append(os.getcwd())  # the user's own rewards and data
 
 import argparse
 
 import msgspec
 import torch
 import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
 
 from engine import checkpoint, plan, tokenizer, warm_start
 from engine.algorithms.method import compose
@@ -26,6 +28,7 @@ from engine.placement import Seat, join_learners, rendezvous, seat
 from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, die_with_parent
 from engine.prompts import Prompts
 from engine.run_directory import RunDirectory, check_creatable, check_port, create, reopen
+from engine.scorer import check_rewards
 from engine.scores import shape_by
 from engine.stream import Silence
 
@@ -61,6 +64,7 @@ def main(argv: list[str]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     torch.set_num_threads(place.threads)
+    transformers_logging.disable_progress_bar()
     stop = StopSignal(config.deadlines.stop_s)
     run_rank = learner_rank if place.role == "learner" else generator_rank
     try:
@@ -77,6 +81,7 @@ def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> 
     """All that can be known before anything is made; on rank 0 alone. Raises `ConfigError`."""
     compose(config.algorithm)
     shape_by(config.algorithm.penalties)
+    check_rewards(config)
     tokens = tokenizer.load(config.model)
     prompts = Prompts(config, tokens)
     check_port(config)

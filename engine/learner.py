@@ -174,9 +174,7 @@ class Learner:
     @torch.no_grad()
     def _logprobs(self, update: Update) -> list[Tensor]:
         """The log-probabilities [N] of each of this rank's micro-batches under the current weights."""
-        scores = [self._policy(Batch.of(micro, self._device))[0] for micro in self._mine(update)]
-        parallel.release(self._policy)
-        return scores
+        return [self._policy(Batch.of(micro, self._device))[0] for micro in self._mine(update)]
 
     def mismatch(self, groups: list[Group]) -> float:
         """The mean |log-probability difference| between the generator's record of `groups` and this policy, in nats

@@ -21,7 +21,7 @@ from engine.policy import named_tensors
 from engine.process import StopSignal, Supervisor
 from engine.progress import Progress
 from engine.rollouts import Rollouts
-from engine.run_directory import RunDirectory, description
+from engine.run_directory import RunDirectory
 from engine.schema import Evaluation, Group, State, Taken, Trained
 from engine.scores import shape_by
 from engine.weights import Manifest, Publisher
@@ -68,6 +68,12 @@ class Job:
         return supervisors
 
     # ---- the steps of the loop ----
+
+    def begin(self) -> None:
+        """What came before is not part of the pace."""
+        self.pace = metrics.Pace()
+        if self.progress is not None:
+            self.progress.begin(self.learner.version)
 
     def publish(self) -> None:
         """The weights of `learner.version` to every generator, staged while they sample. Tickets of the groups that
@@ -172,8 +178,7 @@ class Job:
         """Export, summary and an orderly end of all processes."""
         state = self.rollouts.finish("the job is done")
         if self.config.checkpoint.export:
-            small = {path.name: path.read_bytes() for path in description(self.run.model)}
-            checkpoint.export(self.learner, self.run.export, small)
+            checkpoint.export(self.learner, self.run.model, self.run.export)
         if state is not None:
             summary = self.summary(state)
             self.run.summary.write_text(json.dumps(summary, indent=2))
@@ -247,8 +252,7 @@ def learn(job: Job) -> None:
     if learner.version == 0:
         job.evaluate_pinned("before")
         job.save()
-    if job.progress is not None:
-        job.progress.begin(learner.version)
+    job.begin()
     while learner.version < config.run.steps:
         taken, waited_s = job.take()
         if taken is None:

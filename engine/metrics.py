@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import Config
-from engine.schema import Evaluation, Group, State, Taken
+from engine.schema import Evaluation, State, Taken
 
 IDLE = 0.15  # a side that waits for more than this share of the time is not the bottleneck
 
@@ -53,17 +53,12 @@ def _mean(values: Any) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def trained_length_ratio(trained: list[Group]) -> float:
-    """Mean length of the trained completions."""
-    return _mean(np.concatenate([group.lengths for group in trained])) if trained else 0.0
-
-
 class Pace:
     """Both sides' speed and idle share between two steps."""
 
-    def __init__(self, state: State | None = None):
+    def __init__(self) -> None:
         self._at = time.monotonic()
-        self._state = state
+        self._state: State | None = None
         self._learner_idle_s = self._learner_s = 0.0
         self._generator_idle_s = self._generator_s = 0.0
         self.trained_tokens = 0
@@ -72,10 +67,10 @@ class Pace:
         """Figures of the time since the last call, in which the learner waited `waited_s` for its groups."""
         now = time.monotonic()
         wall_s, self._at = now - self._at, now
-        before, self._state = self._state, state
-        busy_s = state.generator_busy_s - (before.generator_busy_s if before else 0.0)
-        idle_s = state.generator_idle_s - (before.generator_idle_s if before else 0.0)
-        generated = state.generated_tokens - (before.generated_tokens if before else 0)
+        before, self._state = self._state or state, state
+        busy_s = state.generator_busy_s - before.generator_busy_s
+        idle_s = state.generator_idle_s - before.generator_idle_s
+        generated = state.generated_tokens - before.generated_tokens
         self._learner_idle_s += waited_s
         self._learner_s += wall_s
         self._generator_idle_s += max(0.0, idle_s)

@@ -45,14 +45,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def release(root: nn.Module) -> None:
-    """Drops the whole parameters that a forward without backward leaves gathered: they would outlive a change of the
-    shards."""
-    reshard = getattr(root, "reshard", None)
-    if reshard is not None:
-        reshard()
-
-
 def shards(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; a plain tensor itself."""
     return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]

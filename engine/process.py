@@ -40,7 +40,7 @@ def child_environment(threads: int) -> dict[str, str]:
         if key not in TORCHRUN and not key.startswith(TORCHRUN_PREFIXES)
     }
     root = str(Path(__file__).resolve().parent.parent)
-    kept["PYTHONPATH"] = os.pathsep.join(filter(None, (root, kept.get("PYTHONPATH"))))
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, (root, kept.get("PYTHONPATH"), os.getcwd())))
     kept["OMP_NUM_THREADS"] = str(threads)
     kept[PARENT] = str(os.getpid())
     return kept

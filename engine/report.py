@@ -19,8 +19,8 @@ PANELS = (
     ("Staleness of tokens", ("staleness", "staleness_in_flight", "staleness_in_queue", "staleness_max"), "versions"),
     ("Speed", ("generated_tokens_per_s", "trained_tokens_per_s"), "tokens/s"),
     ("Idle share", ("learner_idle", "generator_idle"), "share of time"),
-    ("Effective sample size", ("ess",), "share of tokens"),
-    ("Behaviour and policy apart", ("behaviour_gap", "kl", "clipped"), "nats or share"),
+    ("Effective sample size", ("effective_sample_size",), "share of tokens"),
+    ("Behaviour and policy apart", ("drift", "kl", "clipped", "rejected"), "nats or share"),
     ("Length of completions", ("length", "length_max"), "tokens"),
 )
 

@@ -14,7 +14,7 @@ class Task(msgspec.Struct):
     prompt: Prompt
     sampling: Sampling
     num_samples: int
-    survey: str = ""  # the evaluation or probe that it belongs to
+    survey: int = -1  # the evaluation or probe that it belongs to
     attempt: int = 0
     failures: int = 0
     generator: str = ""
