@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fake_run
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -15,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.coordinator import Coordinator
 from engine.ledger import Ledger
 from engine.schema import Group, Heartbeat, Lease, Taken, Trained
-from tests import fake_run
 
+MAX_HELD = 4  # groups that a generator samples together
 LEASE_S, PUBLISH_S, GROUP_S = 20.0, 30.0, 90.0
 NAMES = ("one", "two", "three")
 picks = st.randoms(use_true_random=False)
@@ -49,7 +50,8 @@ class Books:
 class Histories(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.directory = tempfile.TemporaryDirectory()
+        memory = Path("/dev/shm")
+        self.directory = tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)
         self.now = 0.0
         self.generators: dict[str, Generator] = {}
         self.sent: list[Group] = []  # results that may be delivered again
@@ -58,8 +60,8 @@ class Histories(RuleBasedStateMachine):
         self.published = -1
         self.snapshot: tuple[bytes | None, Books] = (None, Books())
 
-    @initialize(max_staleness=st.integers(0, 3), groups_per_step=st.integers(1, 3))
-    def start(self, max_staleness: int, groups_per_step: int) -> None:
+    @initialize(max_staleness=st.integers(0, 3), groups_per_step=st.integers(1, 3), num_generators=st.integers(1, 3))
+    def start(self, max_staleness: int, groups_per_step: int, num_generators: int) -> None:
         self.config = fake_run.config(
             max_staleness=max_staleness,
             groups_per_step=groups_per_step,
@@ -68,6 +70,9 @@ class Histories(RuleBasedStateMachine):
             group_s=GROUP_S,
         )
         self.open(None)
+        for name in NAMES[:num_generators]:
+            self.join(name)
+            self.switch(name, [])
 
     def open(self, snapshot: bytes | None) -> None:
         self.ledger = Ledger(Path(self.directory.name) / "ledger.db")
@@ -122,27 +127,46 @@ class Histories(RuleBasedStateMachine):
     @rule(pick=picks, num_samples=st.integers(0, 12), lost=st.booleans())
     def request(self, pick, num_samples: int, lost: bool) -> None:
         self.coordinator.request(pick.choice(self.members()), num_samples, self.now)
-        self.grant(lost and num_samples % 4 == 0)
+        self.grant(lost)
 
     @precondition(lambda self: self.members())
-    @rule(pick=picks)
-    def apply(self, pick) -> None:
-        """A generator switches to the published weights; leases that it has not begun start with them."""
-        name = pick.choice(self.members())
+    @rule(pick=picks, late=st.integers(0, 2))
+    def apply(self, pick, late: int) -> None:
+        """Generators switch to the published weights, all but `late` of them; some leases have not begun by then."""
+        for name in pick.sample(self.members(), len(self.members()))[late:]:
+            self.switch(name, [index for index, _ in enumerate(self.generators[name].held) if pick.random() < 0.3])
+
+    def switch(self, name: str, begin_later: list[int]) -> None:
         generator = self.generators[name]
         generator.version = self.published
-        generator.held = [(lease, pick.choice([first, self.published])) for lease, first in generator.held]
+        for index in begin_later:
+            generator.held[index] = (generator.held[index][0], self.published)
         self.coordinator.applied(name, self.incarnation, self.published, self.now)
+        self.ask(name)
+
+    def ask(self, name: str) -> None:
+        """What a generator with free slots does after every change."""
+        self.coordinator.request(name, 2 * MAX_HELD - 2 * len(self.generators[name].held), self.now)
         self.grant()
 
     def holders(self) -> list[str]:
         return [name for name in self.members() if self.generators[name].held]
 
     @precondition(lambda self: self.holders())
-    @rule(pick=picks, kind=st.sampled_from(["good"] * 6 + ["uniform", "invalid"]), lost=st.booleans())
-    def finish(self, pick, kind: str, lost: bool) -> None:
-        """Any held lease finishes, not the oldest; the message may get lost and be repeated later."""
-        name = pick.choice(self.holders())
+    @rule(pick=picks, fate=st.sampled_from(["good"] * 5 + ["uniform", "invalid", "lost"]))
+    def finish(self, pick, fate: str) -> None:
+        """One lease finishes, and need not be the oldest; the message may get lost, and be repeated later."""
+        self.finish_one(pick.choice(self.holders()), pick, fate)
+
+    @rule(pick=picks, patience=st.integers(0, 3))
+    def finish_many(self, pick, patience: int) -> None:
+        """All finish but for `patience` stragglers a generator."""
+        for name in self.holders():
+            while self.coordinator.has(name) and len(self.generators[name].held) > patience:
+                self.finish_one(name, pick, "good", ask=False)
+            self.ask(name)
+
+    def finish_one(self, name: str, pick, fate: str, ask: bool = True) -> None:
         generator = self.generators[name]
         lease, first = generator.held.pop(pick.randrange(len(generator.held)))
         group = fake_run.result(
@@ -150,12 +174,14 @@ class Histories(RuleBasedStateMachine):
             self.incarnation,
             generator=name,
             versions=[first, generator.version],
-            scores=(lambda sample: 1.0) if kind == "uniform" else float,
-            errors=1 if kind == "invalid" else 0,
+            scores=(lambda sample: 1.0) if fate == "uniform" else float,
+            errors=1 if fate == "invalid" else 0,
         )
         self.sent.append(group)
-        if not lost:
+        if fate != "lost":
             self.deliver(group)
+        if ask:
+            self.ask(name)
 
     @precondition(lambda self: self.sent)
     @rule(pick=picks)
@@ -165,7 +191,8 @@ class Histories(RuleBasedStateMachine):
     def deliver(self, group: Group) -> None:
         ack = self.coordinator.arrived(group, self.now)
         assert (ack.group_id, ack.attempt) == (group.group_id, group.attempt)
-        if group.incarnation != self.incarnation or group.group_id in self.books.ends:
+        over = group.kind == "train" and group.group_id in self.books.ends
+        if over or group.incarnation != self.incarnation:
             assert ack.reason, "a fenced or repeated result was accepted"
         if not ack.reason and group.kind == "train":
             if any(verdict.error for verdict in group.verdicts):
@@ -210,6 +237,24 @@ class Histories(RuleBasedStateMachine):
             self.books.ends.setdefault(group_id, "failed")
 
     # ---- the learner acts
+
+    @rule(skipped=st.booleans(), several=st.integers(1, 3))
+    def learn(self, skipped: bool, several: int) -> None:
+        """The learner goes on as far as it can, up to `several` takes, with weights that nobody applied yet."""
+        for _ in range(several):
+            if self.taken is None:
+                self.take()
+            if self.taken is not None:
+                self.train(skipped)
+
+    @precondition(lambda self: self.members())
+    @rule(pick=picks, turns=st.integers(1, 4), patience=st.integers(0, 2), late=st.integers(0, 1))
+    def turns(self, pick, turns: int, patience: int, late: int) -> None:
+        """The loop as it runs on a good day: generators finish and apply, the learner learns."""
+        for _ in range(turns):
+            self.apply(pick, late)
+            self.finish_many(pick, patience)
+            self.learn(False, 2)
 
     @precondition(lambda self: self.taken is None)
     @rule()
@@ -256,6 +301,7 @@ class Histories(RuleBasedStateMachine):
         self.adopt_failures()
         self.snapshot = self.coordinator.snapshot(self.books.version), self.books.copy()
 
+    @precondition(lambda self: self.books.num_drawn > 3)
     @rule()
     def crash(self) -> None:
         """Everything dies at once and resumes from the last checkpoint; what is still on the wire stays there."""
@@ -263,6 +309,7 @@ class Histories(RuleBasedStateMachine):
         data, books = self.snapshot
         self.books, self.taken, self.generators = books.copy(), None, {}
         self.open(data)
+        self.join("one")
 
     # ---- what always holds
 
@@ -291,6 +338,6 @@ class Histories(RuleBasedStateMachine):
 
 
 Histories.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 test_histories = Histories.TestCase
