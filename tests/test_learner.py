@@ -174,6 +174,15 @@ def test_any_number_of_ranks_makes_the_same_step(tmp_path: Path, num_ranks: int)
                 assert error < (1e-10 if double else 1e-5), (case, name)
 
 
+def test_rank_without_work_still_runs_the_model_on_one_token() -> None:
+    config = learning.configure()
+    idle = learning.take(config, learning.groups(1), 2)[0].micro_batches[1]
+    batch = policy.Batch.of(idle[0], torch.device("cpu"))
+    assert len(idle) == 1 and len(idle[0].token_ids) == 0
+    assert batch.token_ids.tolist() == batch.position_ids.tolist() == [0]
+    assert batch.layout.num_tokens == 1 and len(batch.targets) == 0
+
+
 def test_tied_weights_are_named_once(tmp_path: Path) -> None:
     tied = dict(learning.learner(learning.configure(), tmp_path).weights())
     untied = dict(learning.learner(learning.configure(tied=False), tmp_path).weights())
