@@ -104,9 +104,9 @@ class Layout:
 
     def key_rows(self, segment: int) -> np.ndarray:
         """The rows that the last token of `segment` attends to, in order of position."""
-        cu, parent = self.cu_seqlens, self.prefix[segment]
-        own = np.arange(cu[segment], cu[segment + 1])
-        return own if parent < 0 else np.concatenate([np.arange(cu[parent], cu[parent + 1]), own])
+        parent, rows = self.prefix[segment], np.arange(self.num_tokens)
+        own = rows[self.cu_seqlens[segment] : self.cu_seqlens[segment + 1]]
+        return own if parent < 0 else np.concatenate([self.key_rows(parent), own])
 
 
 def attend_plain(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -139,7 +139,7 @@ def attend_cuda(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
     rows = torch.from_numpy(np.concatenate(segments)).to(query.device)
     cu_keys = np.concatenate([[0], np.cumsum([len(segment) for segment in segments])]).astype(np.int32)
     longest_query = int(np.diff(layout.cu_seqlens).max(initial=0))
-    return varlen_attn(
+    out = varlen_attn(
         query.transpose(0, 1).contiguous(),
         key.transpose(0, 1)[rows],
         value.transpose(0, 1)[rows],
@@ -151,6 +151,8 @@ def attend_cuda(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
         window_size=(-1, 0),
         enable_gqa=query.shape[0] != key.shape[0],
     )
+    assert isinstance(out, Tensor)  # a tuple only where more was asked for
+    return out
 
 
 class _SharedPrefix(torch.autograd.Function):

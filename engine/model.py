@@ -89,7 +89,7 @@ def _new(config: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
 
 
 def _check_sizes(policy: PreTrainedModel, model: Model, vocab_size: int) -> None:
-    num_ids = policy.get_input_embeddings().weight.shape[0]
+    num_ids = policy.config.get_text_config().vocab_size
     if num_ids < vocab_size:
         raise ConfigError(f"model: {num_ids} token ids, fewer than the tokenizer's {vocab_size}")
     longest = getattr(policy.config, "max_position_embeddings", None)
@@ -130,7 +130,9 @@ def hidden_states(model: PreTrainedModel, token_ids: Tensor, position_ids: Tenso
 
 def lm_head(model: PreTrainedModel) -> nn.Module:
     """The module that turns hidden states into logits."""
-    return model.get_output_embeddings()
+    head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has a head"
+    return head
 
 
 @torch.no_grad()
@@ -144,7 +146,7 @@ def check_isolation(model: PreTrainedModel) -> None:
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         raise ConfigError(f"model: {type(model).__name__} takes no layout of packed sequences")
     first, second = 11, 12
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     drawn = np.random.default_rng(0).integers(model.config.vocab_size, size=first + second)
     token_ids = torch.from_numpy(drawn).to(device)
     positions = torch.cat([torch.arange(first), torch.arange(second)]).to(device)

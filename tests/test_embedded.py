@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from engine.attention import Layout
 from engine.config import ConfigError, Generator, Model
@@ -19,7 +20,7 @@ SHAPES = {
 }
 
 
-def make_model(shape: str = "qwen3", seed: int = 0) -> torch.nn.Module:
+def make_model(shape: str = "qwen3", seed: int = 0) -> PreTrainedModel:
     init = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -32,7 +33,7 @@ def make_model(shape: str = "qwen3", seed: int = 0) -> torch.nn.Module:
     return model.requires_grad_(False)
 
 
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: parameter.clone() for name, parameter in model.named_parameters()}
 
 
@@ -60,7 +61,7 @@ def drain(engine: Embedded) -> dict[int, Sampled]:
     return finished
 
 
-def recomputed(model: torch.nn.Module, sampled: Sampled, sample: int) -> np.ndarray:
+def recomputed(model: PreTrainedModel, sampled: Sampled, sample: int) -> np.ndarray:
     """Log-probabilities of one completion by one forward over prompt and completion."""
     ends = np.cumsum(sampled.lengths)
     completion = sampled.token_ids[ends[sample] - sampled.lengths[sample] : ends[sample]]

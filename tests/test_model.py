@@ -1,9 +1,11 @@
 """The packed forward against plain transformers, one sequence at a time."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.attention import Layout, attend_plain
 from engine.config import ConfigError, Model
@@ -19,7 +21,7 @@ LENGTHS = [7, 5, 9, 0, 3, 6, 4, 1, 4]
 PREFIX = [-1, 0, 0, 0, 0, -1, 5, 5, -1]  # two prompts with four and two completions, and one plain sequence
 
 
-def make(shape: str, dtype: str = "float64", **over: object) -> torch.nn.Module:
+def make(shape: str, dtype: Literal["float32", "float64"] = "float64", **over: object) -> PreTrainedModel:
     init = {**SMALL, **SHAPES.get(shape, {"model_type": shape}), **over}
     return build(Model(context=64, init=init, dtype=dtype), vocab_size=50, eos_id=1, pad_id=0, seed=3)
 
@@ -65,8 +67,8 @@ def test_fast_attention_equals_its_reference_in_values_and_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(heads, layout.num_tokens, 5) for heads in (6, 2, 2)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    fast = layout.attend(0, *inputs, 0.3)
-    plain = attend_plain(*inputs, layout, 0.3)
+    fast = layout.attend(0, inputs[0], inputs[1], inputs[2], 0.3)
+    plain = attend_plain(inputs[0], inputs[1], inputs[2], layout, 0.3)
     torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad(weighted(fast), inputs), torch.autograd.grad(weighted(plain), inputs), strict=True
@@ -168,7 +170,7 @@ def test_a_model_on_disk_is_read_back(tmp_path: object) -> None:
     model = make("llama", "float32")
     model.save_pretrained(str(tmp_path))
     again = build(Model(context=64, path=str(tmp_path)), vocab_size=50, eos_id=1, pad_id=0, seed=0)
-    assert torch.equal(lm_head(again).weight, lm_head(model).weight)
+    assert torch.equal(lm_head(again).get_parameter("weight"), lm_head(model).get_parameter("weight"))
     plain = AutoModelForCausalLM.from_pretrained(str(tmp_path), attn_implementation="eager").eval()
     token_ids, positions, layout = batch()
     packed = hidden_states(again, token_ids, positions, layout)[:7]

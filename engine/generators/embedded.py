@@ -9,7 +9,7 @@ its group; where not all find a slot at once, its keys and values stay in a spar
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class Slots:
     """What is known of each running sequence, one array a fact, so that a step costs no loop over sequences."""
 
     def __init__(self, num_slots: int, max_new_tokens: int):
-        self.request = np.empty(num_slots, object)
+        self.request: list[Any] = [None] * num_slots
         self.sample = np.zeros(num_slots, np.int64)
         self.kept = np.zeros(num_slots, np.int64)  # tokens in the cache: all but the newest
         self.count = np.zeros(num_slots, np.int64)  # tokens sampled
