@@ -19,6 +19,7 @@ from engine.attention import Layout
 from engine.config import ConfigError, Model
 
 ATTENTION = "leeway"
+HEAD_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what some models do after the head
 UNSUPPORTED = ("softcap", "s_aux", "head_mask", "position_bias")  # variants of attention that we do not compute
 
 
@@ -76,6 +77,7 @@ def build(model: Model, *, vocab_size: int, eos_id: int, pad_id: int, seed: int)
         field, value = ("model.path", repr(model.path)) if model.path else ("model.init", str(dict(model.init)))
         raise ConfigError(f"{field} = {value}: {' '.join(str(error).split())}") from error
     _check_sizes(policy, model, vocab_size)
+    _check_head(policy)
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the learner must compute the function that sampled
@@ -99,6 +101,14 @@ def _check_sizes(policy: PreTrainedModel, model: Model, vocab_size: int) -> None
     sliding = "sliding_attention" in (getattr(policy.config, "layer_types", None) or ["sliding_attention"])
     if window is not None and sliding and model.context > window:
         raise ConfigError(f"model.context = {model.context}: must be at most the model's sliding window, {window}")
+
+
+def _check_head(policy: PreTrainedModel) -> None:
+    """Generator and learner both apply the head alone; a model that does more to its logits would be another one."""
+    for name in HEAD_SCALES:
+        value = getattr(policy.config.get_text_config(), name, None)
+        if value not in (None, 1, 1.0):
+            raise ConfigError(f"model: {name} = {value!r} changes the logits after the head, which is not supported")
 
 
 def describe(model: PreTrainedModel) -> dict[str, bytes]:
