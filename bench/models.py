@@ -24,16 +24,18 @@ SIZES = {
 def make_model(directory: Path, size: str, seed: int = 0) -> None:
     """Writes a model of Qwen3's shape with weights drawn from `seed`, and its tokenizer of characters, to `directory`.
 
-    It ends no sequence on its own, and the reward `bench.reward.share` keeps it so: a completion has as many tokens as
-    `max_new_tokens` allows, all of them characters. So every engine trains on the same number of tokens, and none
-    wastes work on padding or on slots that stand empty.
+    At first it never ends a sequence: a completion has as many tokens as `max_new_tokens` allows, all of them
+    characters. Training undoes that after some steps, but the reward `bench.reward.share` punishes an early end, so
+    that completions stay within one per cent of the full length. So every engine trains on nearly the same number of
+    tokens, and hardly any work is wasted on padding or on slots that stand empty.
     """
     shape = {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     spec = Model(init={**shape, **SIZES[size]}, tokenizer=Tokenizer(ALPHABET), context=CONTEXT)
     tokenizer = tokenizers.load(spec)
-    ids = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
-    policy = build(spec, vocab_size=len(tokenizer), seed=seed, **ids)
-    _silence(policy, list(ids.values()))
+    vocabulary = tokenizer.get_vocab()
+    pad_id, eos_id = vocabulary[tokenizers.PAD], vocabulary[tokenizers.EOS]
+    policy = build(spec, vocab_size=len(tokenizer), eos_id=eos_id, pad_id=pad_id, seed=seed)
+    _silence(policy, [pad_id, eos_id])
     policy.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -42,12 +44,12 @@ def make_model(directory: Path, size: str, seed: int = 0) -> None:
 def _silence(policy: PreTrainedModel, token_ids: list[int]) -> None:
     """Makes the probability of `token_ids` vanish: their logits are some 20 below all others.
 
-    All other embeddings share a first component that outweighs the rest, so that the last hidden state's is positive
-    too, about 6 after the norm; the head, tied to the embeddings, multiplies it with these tokens' own, a negative one.
+    All other embeddings share a first component that outweighs the rest, so the last hidden state's is positive too,
+    about 6 after the norm; the head, tied to the embeddings, multiplies it with these tokens' own, a negative one.
     """
-    first = policy.get_input_embeddings().weight[:, 0]
-    first.fill_(1.0)
-    first[token_ids] = -3.0
+    embeddings = policy.get_parameter("model.embed_tokens.weight")
+    embeddings[:, 0] = 1.0
+    embeddings[token_ids, 0] = -3.0
 
 
 def make_prompts(path: Path, number: int) -> None:

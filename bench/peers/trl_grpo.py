@@ -2,8 +2,13 @@
 
 Runs in the peer's environment (see `environment`) and imports nothing of the engine. The algorithm is GRPO on policy:
 group_size completions a prompt at temperature 1, advantages normalised by their group's deviation, one update a batch,
-the mean over all tokens, no KL term. The settings are the fastest found for a small model: see `settings`.
+the mean over all tokens, no KL term. Of TRL's settings the fastest for a small model are used, tried one by one:
+transformers' plain generation with a dynamic cache (a static one took 20% longer, continuous batching 5 to 8 times as
+long) and PyTorch's own attention (the eager one took 20% more in all).
 """
+
+# pyright: reportMissingImports=false
+# The peer's packages are not installed where types are checked.
 
 import argparse
 import json
