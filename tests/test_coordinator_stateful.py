@@ -5,8 +5,10 @@ The model beside it keeps its own books, from what it sent and received alone.
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 import fake_run
 from hypothesis import HealthCheck, settings
@@ -39,12 +41,9 @@ class Books:
     ends: dict[int, str] = field(default_factory=dict)
     trained_at: dict[int, int] = field(default_factory=dict)
     num_drawn: int = 0
-    drawn_prompts: dict[int, int] = field(default_factory=dict)
 
     def copy(self) -> "Books":
-        return Books(
-            self.version, dict(self.ends), dict(self.trained_at), self.num_drawn, dict(self.drawn_prompts)
-        )
+        return Books(self.version, dict(self.ends), dict(self.trained_at), self.num_drawn)
 
 
 class Histories(RuleBasedStateMachine):
@@ -55,6 +54,7 @@ class Histories(RuleBasedStateMachine):
         self.now = 0.0
         self.generators: dict[str, Generator] = {}
         self.sent: list[Group] = []  # results that may be delivered again
+        self.attempts: dict[tuple[str, int], int] = {}  # of each group's newest lease
         self.books = Books()
         self.taken: Taken | None = None
         self.published = -1
@@ -100,10 +100,10 @@ class Histories(RuleBasedStateMachine):
                     self.generators[name].held.append((lease, lease.version))
 
     def check_lease(self, name: str, lease: Lease) -> None:
+        self.attempts[lease.kind, lease.group_id] = lease.attempt
         if lease.kind != "train":
             return
-        prompt = self.books.drawn_prompts.setdefault(lease.group_id, lease.prompt.index)
-        assert prompt == lease.prompt.index, "a group changed its prompt"
+        assert lease.prompt.index == lease.group_id, "a group has another draw's prompt"
         assert lease.group_id not in self.books.ends, "an ended group was leased"
         assert lease.version == self.generators[name].version, "leased to a generator with other weights"
         assert lease.version == max(generator.version for generator in self.routed().values())
@@ -136,12 +136,13 @@ class Histories(RuleBasedStateMachine):
         for name in pick.sample(self.members(), len(self.members()))[late:]:
             self.switch(name, [index for index, _ in enumerate(self.generators[name].held) if pick.random() < 0.3])
 
-    def switch(self, name: str, begin_later: list[int]) -> None:
+    def switch(self, name: str, begin_later: list[int], behind: int = 0) -> None:
+        """One generator switches, to a version `behind` the newest if it was busy staging that."""
         generator = self.generators[name]
-        generator.version = self.published
+        generator.version = max(generator.version, self.published - behind, 0)
         for index in begin_later:
-            generator.held[index] = (generator.held[index][0], self.published)
-        self.coordinator.applied(name, self.incarnation, self.published, self.now)
+            generator.held[index] = (generator.held[index][0], generator.version)
+        self.coordinator.applied(name, self.incarnation, generator.version, self.now)
         self.ask(name)
 
     def ask(self, name: str) -> None:
@@ -188,12 +189,17 @@ class Histories(RuleBasedStateMachine):
     def repeat(self, pick) -> None:
         self.deliver(pick.choice(self.sent))
 
+    def repeat_late(self, random: Random) -> None:
+        if self.sent:
+            self.deliver(random.choice(self.sent[-20:]))
+
     def deliver(self, group: Group) -> None:
         ack = self.coordinator.arrived(group, self.now)
         assert (ack.group_id, ack.attempt) == (group.group_id, group.attempt)
         over = group.kind == "train" and group.group_id in self.books.ends
-        if over or group.incarnation != self.incarnation:
-            assert ack.reason, "a fenced or repeated result was accepted"
+        newest = self.attempts.get((group.kind, group.group_id))
+        if over or group.incarnation != self.incarnation or group.attempt != newest:
+            assert ack.reason, "a fenced, repeated or superseded result was accepted"
         if not ack.reason and group.kind == "train":
             if any(verdict.error for verdict in group.verdicts):
                 self.books.ends[group.group_id] = "failed"
@@ -247,14 +253,16 @@ class Histories(RuleBasedStateMachine):
             if self.taken is not None:
                 self.train(skipped)
 
-    @precondition(lambda self: self.members())
-    @rule(pick=picks, turns=st.integers(1, 4), patience=st.integers(0, 2), late=st.integers(0, 1))
-    def turns(self, pick, turns: int, patience: int, late: int) -> None:
-        """The loop as it runs on a good day: generators finish and apply, the learner learns."""
-        for _ in range(turns):
-            self.apply(pick, late)
-            self.finish_many(pick, patience)
-            self.learn(False, 2)
+    @rule(random=st.randoms(use_true_random=True), num_acts=st.sampled_from([20, 150]))
+    def days(self, random: Random, num_acts: int) -> None:
+        """Many acts in a row, mostly good, so that histories get long and generators drift apart."""
+        for _ in range(num_acts):
+            act = random.choices(list(ACTS), [weight for weight, _ in ACTS.values()])[0]
+            if act in ("switch", "switch_late", "leave", "beat") and not self.members():
+                self.join(random.choice(NAMES))
+            ACTS[act][1](self, random)
+            self.conservation()
+            self.tickets()
 
     @precondition(lambda self: self.taken is None)
     @rule()
@@ -337,7 +345,29 @@ class Histories(RuleBasedStateMachine):
         assert tickets.num_held == in_flight + unapplied <= tickets.capacity
 
 
+def finish_if_any(histories: Histories, random: Random) -> None:
+    if histories.holders():
+        fate = random.choices(["good", "uniform", "invalid", "lost"], [12, 2, 1, 2])[0]
+        histories.finish_one(random.choice(histories.holders()), random, fate)
+
+
+ACTS: dict[str, tuple[int, Callable[[Histories, Random], None]]] = {  # weight and act
+    "finish": (30, finish_if_any),
+    "finish_many": (5, lambda histories, random: histories.finish_many(random, random.randrange(3))),
+    "learn": (12, lambda histories, random: histories.learn(random.random() < 0.1, random.randint(1, 2))),
+    "switch": (12, lambda histories, random: histories.switch(random.choice(histories.members()), [])),
+    "switch_late": (4, lambda histories, random: histories.switch(random.choice(histories.members()), [], 1)),
+    "repeat": (4, lambda histories, random: histories.repeat_late(random)),
+    "take": (1, lambda histories, random: histories.take() if histories.taken is None else None),
+    "wait": (1, lambda histories, random: histories.wait(random.choice([1.0, 5.0, 31.0]))),
+    "beat": (4, lambda histories, random: histories.beat(random)),
+    "join": (2, lambda histories, random: histories.join(random.choice(NAMES))),
+    "leave": (1, lambda histories, random: histories.leave(random)),
+    "save": (2, lambda histories, random: histories.save()),
+    "crash": (1, lambda histories, random: histories.crash()),
+}
+
 Histories.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )
 test_histories = Histories.TestCase
