@@ -11,6 +11,7 @@ ticket, stand in no ledger row and never meet the buffer.
 import heapq
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -25,13 +26,16 @@ from engine.schema import (
     End,
     Evaluation,
     Failure,
+    Granted,
     Group,
     Heartbeat,
     Kind,
+    Lapsed,
     Lease,
     Prompt,
     State,
     Taken,
+    Took,
     Trained,
 )
 from engine.snapshot import Snapshot, pack, unpack
@@ -40,6 +44,8 @@ from engine.tickets import Tickets
 
 MAX_FAILURES = 3  # leases of one group that end badly before it is given up
 MIN_PROBES = 4  # prompts of the parity check
+
+Note = Granted | Lapsed | Ack | Took
 
 
 class Prompts(Protocol):
@@ -55,7 +61,15 @@ class Prompts(Protocol):
 class Coordinator:
     """`version` is the learner's: that of the newest `Trained`, or the checkpoint's."""
 
-    def __init__(self, config: Config, prompts: Prompts, ledger: Ledger, shape: Shape):
+    def __init__(
+        self,
+        config: Config,
+        prompts: Prompts,
+        ledger: Ledger,
+        shape: Shape,
+        note: Callable[[Note], None] = lambda note: None,
+    ):
+        """`note` is told every decision that does not follow from the messages alone, before the ledger is."""
         self.version = 0
         self.incarnation = -1
         self.tickets = Tickets(config.run.max_staleness, config.run.groups_per_step)
@@ -67,6 +81,7 @@ class Coordinator:
         self._prompts = prompts
         self._ledger = ledger
         self._shape = shape
+        self._note = note
         self._leased: dict[tuple[Kind, int], Task] = {}  # in the order of their leases
         self._pending: list[tuple[int, Task]] = []  # heap: training groups whose lease was lost
         self._taken: dict[int, Waiting] = {}
@@ -190,7 +205,9 @@ class Coordinator:
                 self._give_back(task, reason, now, blame=True)
             else:
                 self._accept(group, task, now)
-        return Ack(group.kind, group.group_id, group.attempt, reason)
+            ack = Ack(group.kind, group.group_id, group.attempt, reason)
+            self._note(ack)
+        return ack
 
     def failure(self, generator: str, failure: Failure, now: float) -> Ack:
         """The generator gives a lease back; another attempt follows, up to `MAX_FAILURES`."""
@@ -231,7 +248,9 @@ class Coordinator:
             if taken is None:
                 return None
             self._taken.update((waiting.group.group_id, waiting) for waiting in taken)
-            self._ledger.taken(version, [waiting.group.group_id for waiting in taken], self._filtered)
+            group_ids = [waiting.group.group_id for waiting in taken]
+            self._note(Took(version, group_ids))
+            self._ledger.taken(version, group_ids, self._filtered)
         self._filtered = []
         return Taken(
             groups=[waiting.group for waiting in taken],
@@ -372,6 +391,8 @@ class Coordinator:
         self._leased[task.key] = task
         lease = task.lease(self._config.run.seed)
         if task.kind == "train":
+            place = task.prompt.domain, task.prompt.index
+            self._note(Granted(task.group_id, task.attempt, *place, task.version, generator))
             self._ledger.leased(lease, generator)
         return lease
 
@@ -394,6 +415,7 @@ class Coordinator:
         if task.kind != "train":
             self.surveys.give_up(task, now) if given_up else self.surveys.give_back(task)
             return
+        self._note(Lapsed(task.group_id, task.attempt, reason, given_up))
         self._ledger.returned(task.group_id, task.failures, task.generator, reason)
         if given_up:
             self._end(task.group_id, "failed", f"{task.failures} attempts; the last: {reason}")

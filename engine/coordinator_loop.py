@@ -41,18 +41,20 @@ from engine.schema import (
     Request,
     Result,
     Save,
+    Saved,
     Stop,
     Take,
+    TapRecord,
     Trained,
     Welcome,
     encode,
 )
 from engine.scores import shape_by
+from engine.snapshot import SNAPSHOT, digest
 from engine.stream import Hub, Link, Pump, Tap
 from engine.weights.segment import host_id
 from engine.weights.tcp import Server
 
-SNAPSHOT = "coordinator.bin"  # the coordinator's part of a checkpoint
 IDLE_S = 1.0  # how long to wait where the coordinator has no deadline of its own
 
 
@@ -69,10 +71,10 @@ class CoordinatorLoop:
         self._files = {path.name: path.read_bytes() for path in description(run.model)}
         prompts = Prompts(config, tokenizer.from_files(self._files))
         shape = shape_by(config.algorithm.penalties)
-        self._coordinator = Coordinator(config, prompts, self._ledger, shape)
+        self._coordinator = Coordinator(config, prompts, self._ledger, shape, self._record)
         self._incarnation = self._coordinator.begin(time.monotonic(), snapshot)
         self._tap = Tap(run.stream / f"{self._incarnation:04d}.tap")
-        self._tap.append(encode(Began(self._incarnation, self._coordinator.version)))
+        self._record(Began(self._incarnation, self._coordinator.version, digest(snapshot), to_toml(config)))
         self._version: int | None = None  # the newest published
         self._open: Take | Evaluate | None = None  # the learner's request that still waits
         self._finished = ""
@@ -162,6 +164,7 @@ class CoordinatorLoop:
             self._learner_handlers[type(message)](message, now)
 
     def _on_open(self, message: Take, now: float) -> None:
+        self._record(message)
         self._open = message
 
     def _on_evaluate(self, message: Evaluate, now: float) -> None:
@@ -170,16 +173,19 @@ class CoordinatorLoop:
             self._open = message
 
     def _on_trained(self, message: Trained, now: float) -> None:
-        self._tap.append(encode(message))
+        self._record(message)
         self._coordinator.trained(message, now)
 
     def _on_published(self, message: Published, now: float) -> None:
+        self._record(message)
         self._version = message.version
         self._coordinator.published(message.version, now)
         self._to_all(Publish(self._incarnation, message.version), now)
 
     def _on_save(self, message: Save, now: float) -> None:
-        (Path(message.path) / SNAPSHOT).write_bytes(self._coordinator.snapshot(message.step))
+        snapshot = self._coordinator.snapshot(message.step)
+        (Path(message.path) / SNAPSHOT).write_bytes(snapshot)
+        self._record(Saved(message.step, digest(snapshot)))
         self._link.send(Done(self._coordinator.state(now)))
 
     def _on_finished(self, message: Finished, now: float) -> None:
@@ -206,6 +212,9 @@ class CoordinatorLoop:
     def _to_all(self, message: Any, now: float) -> None:
         for generator in self._coordinator.members():
             self._hub.send(generator, message)
+
+    def _record(self, record: TapRecord) -> None:
+        self._tap.append(encode(record))
 
 
 def main() -> int:

@@ -325,14 +325,55 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
+# ---- in the tap alone ------------------------------------------------------------------------------------------
+
+
 class Began(msgspec.Struct, tag=True, frozen=True):
-    """The first record of an incarnation's tap: training went on from the checkpoint of `base_version`."""
+    """The first record of an incarnation's tap: training went on from the checkpoint of `base_version`, whose `Saved`
+    record has the digest `snapshot` (empty: from nothing), under `config` (TOML)."""
 
     incarnation: int
     base_version: int
+    snapshot: str
+    config: str
 
 
-TapRecord = Began | Result | Trained  # what the tap keeps: arrivals and takes, in their order
+class Granted(msgspec.Struct, tag=True, frozen=True):
+    """A training group was leased; its first lease is its draw."""
+
+    group_id: int
+    attempt: int
+    domain: str
+    prompt_index: int
+    version: int
+    generator: str
+
+
+class Lapsed(msgspec.Struct, tag=True, frozen=True):
+    """A training lease ended without a result; `given_up` where it was the group's last."""
+
+    group_id: int
+    attempt: int
+    reason: str
+    given_up: bool
+
+
+class Took(msgspec.Struct, tag=True, frozen=True):
+    """The learner's `Take` was answered with these groups."""
+
+    version: int
+    group_ids: list[int]
+
+
+class Saved(msgspec.Struct, tag=True, frozen=True):
+    """The coordinator's part of a checkpoint was written; `digest` is its xxh3-64."""
+
+    step: int
+    digest: str
+
+
+# What the tap keeps, in its order: the coordinator's decisions and all that they follow from.
+TapRecord = Began | Granted | Lapsed | Result | Ack | Take | Took | Trained | Published | Saved
 FromGenerator = Hello | Request | Applied | Heartbeat | Result | Failure | Bye
 ToGenerator = Welcome | Leases | Ack | Beat | Publish | Stop
 FromLearner = Take | Trained | Published | Save | Evaluate | Poll | Finished

@@ -3,10 +3,13 @@
 from typing import Any
 
 import msgspec
+import xxhash
 
 from engine.buffer import Waiting
 from engine.config import ConfigError
 from engine.schema import SCHEMA_VERSION, Evaluation, decode, encode
+
+SNAPSHOT = "coordinator.bin"  # its file in a checkpoint
 
 
 class Snapshot(msgspec.Struct, kw_only=True):
@@ -27,6 +30,11 @@ class Snapshot(msgspec.Struct, kw_only=True):
 
 def pack(snapshot: Snapshot) -> bytes:
     return msgspec.msgpack.encode([bytes(frame) for frame in encode(snapshot)])
+
+
+def digest(data: bytes | None) -> str:
+    """Names a packed snapshot: its xxh3-64, empty where there is none."""
+    return "" if data is None else xxhash.xxh3_64_hexdigest(data)
 
 
 def unpack(data: bytes) -> Snapshot:

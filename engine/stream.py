@@ -1,4 +1,4 @@
-"""How messages travel: ZeroMQ sockets with deadlines, and the tap that records arrivals and takes.
+"""How messages travel: ZeroMQ sockets with deadlines, and the tap that records arrivals and decisions.
 
 `Hub` is the coordinator's end (ROUTER), `Link` a peer's (DEALER). Every wait takes a deadline and watches the
 processes that it depends on, so that nothing waits for a dead peer. Messages that must not be lost are kept by
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
-from engine.schema import SCHEMA_VERSION, Began, Result, TapRecord, Trained, decode, encode
+from engine.schema import SCHEMA_VERSION, TapRecord, decode, encode
 
 
 class Silence(TimeoutError):
@@ -137,7 +137,8 @@ LENGTH = struct.Struct("<Q")
 
 
 class Tap:
-    """An append-only file of arrivals and takes, in their order, as they stood on the wire."""
+    """An append-only file of what the coordinator heard and decided, in its order. A decision is recorded before it
+    is committed to the ledger, so the ledger is never ahead."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ class Tap:
         self._file.close()
 
 
-def read_tap(path: Path) -> Iterator[Began | Result | Trained]:
+def read_tap(path: Path) -> Iterator[TapRecord]:
     """The records that a tap holds; a torn last one (its writer was killed) ends the reading.
 
     Raises ValueError for another schema version.

@@ -124,7 +124,7 @@ def test_a_watched_event_ends_the_wait_with_its_own_error():
 def test_the_tap_gives_back_what_it_was_given_and_survives_a_torn_end(tmp_path):
     path = tmp_path / "0000.tap"
     tap = Tap(path)
-    records = [Began(0, 0), Result(group(1)), Trained(1, [1], "trained"), Result(group(2))]
+    records = [Began(0, 0, "", ""), Result(group(1)), Trained(1, [1], "trained"), Result(group(2))]
     for record in records:
         tap.append(encode(record))
     tap.close()
