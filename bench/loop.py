@@ -25,7 +25,7 @@ from bench import heavy_tail, job, results  # noqa: E402
 from bench.models import ANSWER, CONTEXT, make_model, make_prompts  # noqa: E402
 from bench.peers import environment  # noqa: E402
 
-PLACEMENTS = ({"processes": 1, "threads": 2}, {"processes": 2, "threads": 1})  # of the peer, on two cores
+PLACEMENTS = tuple({"processes": p, "threads": t} for p, t in ((1, 2), (2, 1), (1, 1)))  # of the peer
 SPEED, ECONOMY = "tokens_per_s", "tokens_per_cpu_s"
 Figures = dict[str, float]
 
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short round, for a look")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    rounds, steps = (1, 5) if arguments.quick else (arguments.rounds, 16)
+    rounds, steps = (1, 5) if arguments.quick else (arguments.rounds, 14)
     with tempfile.TemporaryDirectory(prefix="leeway-bench-") as directory:
         tail = heavy_tail_rounds(Path(directory), rounds, steps)
         peer = peer_rounds(Path(directory), rounds, steps)

@@ -167,6 +167,7 @@ class Actor:
             paused = time.monotonic()
             self._generator.load(staged.version, staged.tensors)
             self._link.send(Applied(staged.incarnation, staged.version, stage_s, time.monotonic() - paused))
+            self._spoke = 0.0  # a heartbeat at once: the counters of this version
 
     def _stage(self, version: int) -> tuple[Staged, float]:
         started = time.monotonic()

@@ -7,12 +7,9 @@ import sys
 import venv
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 DIRECTORY = Path("~/.cache/leeway/peers/trl").expanduser()
 INSTALLS = (("torch==2.13.0",), ("trl==1.16.0", "transformers==5.12.1"))  # torch first and alone, by its exact version
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "bench.peers.trl_grpo"
 
@@ -29,19 +26,10 @@ def prepare(directory: Path = DIRECTORY) -> Path:
     print(f"making the peer's environment in {directory}", file=sys.stderr)
     venv.create(directory, clear=True, with_pip=True)
     for packages in INSTALLS:
-        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages, *_index()]
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
         subprocess.run(command, check=True, env=_variables(), stdout=sys.stderr)
     stamp.write_text(pins)
     return python
-
-
-def _index() -> list[str]:
-    """The index of torch's small CPU build, where it can be reached; elsewhere the machine's own index serves."""
-    try:
-        with urlopen(f"{CPU_INDEX}/torch/", timeout=10):
-            return ["--extra-index-url", CPU_INDEX]
-    except (URLError, TimeoutError):
-        return []
 
 
 def run(arguments: dict[str, Any], *, processes: int, threads: int, directory: Path = DIRECTORY) -> dict[str, Any]:
