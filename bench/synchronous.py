@@ -47,7 +47,7 @@ class Synchronous:
         policy = build(config.model, vocab_size=len(self.tokenizer), seed=config.run.seed, **ids)
         files = {**tokenizers.files(self.tokenizer), **describe(policy)}
         self.generator = GENERATORS["embedded"](config, files, self.tokenizer)
-        self.method, self.shape = compose(config.algorithm), shape_by(config.algorithm.penalties)
+        self.method, self.shape = compose(config.algorithm), shape_by(config.algorithm)
         self.learner = Learner(config, policy, self.method, device="cpu", directory=Path("unused"))
         self.rewards = {d.name: resolve(d.reward, d.reward_options) for d in config.domains}
         self.waited_s = 0.0

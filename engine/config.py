@@ -74,7 +74,6 @@ class Domain(Struct, kw_only=True):
     reward: str = "exact"  # a name of rewards.TABLE or an import path
     reward_options: dict[str, Any] = {}
     eval_prompts: int = 0  # held-out prompts
-    reward_shuffle: bool = False  # control: each completion is judged against another prompt's answer
 
 
 class Generator(Struct, kw_only=True):
@@ -123,6 +122,7 @@ class Algorithm(Struct):
     penalties: list[Slot] = []
     kl: Slot = msgspec.field(default_factory=lambda: {"name": "k3", "coefficient": 0.0})
     entropy: float = 0.0
+    shuffle_rewards: bool = False  # a control: scores change places within their group, so nothing is to be learned
     filter_uniform: bool = True  # groups whose rewards are all equal are not trained
 
 

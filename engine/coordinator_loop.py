@@ -70,7 +70,7 @@ class CoordinatorLoop:
         self._ledger = Ledger(run.ledger)
         self._files = {path.name: path.read_bytes() for path in description(run.model)}
         prompts = Prompts(config, tokenizer.from_files(self._files))
-        shape = shape_by(config.algorithm.penalties)
+        shape = shape_by(config.algorithm)
         self._coordinator = Coordinator(config, prompts, self._ledger, shape, self._record)
         self._incarnation = self._coordinator.begin(time.monotonic(), snapshot)
         self._tap = Tap(run.stream / f"{self._incarnation:04d}.tap")

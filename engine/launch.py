@@ -23,6 +23,7 @@ from engine import checkpoint, plan, tokenizer, warm_start
 from engine.algorithms.method import compose
 from engine.config import Config, ConfigError, load
 from engine.learner_loop import Job, Mismatch, learn
+from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
 from engine.placement import Seat, join_learners, rendezvous, seat
 from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, die_with_parent
@@ -80,8 +81,9 @@ def main(argv: list[str]) -> int:
 def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> None:
     """All that can be known before anything is made; on rank 0 alone. Raises `ConfigError`."""
     compose(config.algorithm)
-    shape_by(config.algorithm.penalties)
+    shape_by(config.algorithm)
     check_rewards(config)
+    check_tracking(config)
     tokens = tokenizer.load(config.model)
     prompts = Prompts(config, tokens)
     check_port(config)

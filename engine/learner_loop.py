@@ -41,7 +41,7 @@ class Job:
         self.lead = seat.rank == 0
         self.started = time.monotonic()
         self.method = compose(config.algorithm)
-        self.shape = shape_by(config.algorithm.penalties)
+        self.shape = shape_by(config.algorithm)
         self.learner = Learner(config, policy, self.method, device=seat.device, directory=run.debug)
         if resume is not None:
             checkpoint.load(resume, self.learner)

@@ -36,10 +36,8 @@ class Prompts:
             source = self._sources[domain.name] = open_source(config, number, tokenizer)
             self._held_out += hold_out(f"domains.{number}", source, domain.eval_prompts, bool(domain.eval_path))
         texts = frozenset(prompt.text for prompt in self._held_out)
-        for number, (name, source) in enumerate(self._sources.items()):
+        for source in self._sources.values():
             source.restrict(texts)
-            if self._domains[name].reward_shuffle and source.prompt(0).text == source.prompt(1).text:
-                raise ConfigError(f"domains.{number}.reward_shuffle = true: needs two different prompts")
 
     def draw(self) -> tuple[str, int]:
         """The next group's domain and the number of its prompt there; moves the cursor."""
@@ -51,12 +49,8 @@ class Prompts:
         return name, index
 
     def prompt(self, domain: str, index: int) -> Prompt:
-        """The training prompt `index` of `domain`. Under `reward_shuffle` it is judged by the next one's answer."""
-        prompt = self._sources[domain].prompt(index)
-        if not self._domains[domain].reward_shuffle:
-            return prompt
-        other = self._sources[domain].prompt(index + 1)
-        return msgspec.structs.replace(prompt, answer=other.answer, fields=other.fields)
+        """The training prompt `index` of `domain`."""
+        return self._sources[domain].prompt(index)
 
     def held_out(self) -> list[Prompt]:
         """The evaluation's prompts, domain by domain; `index` counts within the domain."""

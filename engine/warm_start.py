@@ -66,7 +66,7 @@ def _key(config: Config) -> str:
 
 def _demonstrated(config: Config) -> Config:
     """`config` with all that concerns rewards left out: demonstrations carry true answers, also in a control run."""
-    plain = {"reward": "exact", "reward_options": {}, "reward_shuffle": False}
+    plain = {"reward": "exact", "reward_options": {}}
     domains = [msgspec.structs.replace(domain, **plain) for domain in config.domains]
     return msgspec.structs.replace(config, domains=domains)
 

@@ -36,7 +36,7 @@ def train(config: Config, directory: Path) -> dict[str, torch.Tensor]:
     )
     files = {**tokenizers.files(tokenizer), **describe(policy)}
     generator = GENERATORS[config.generator.engine](config, files, tokenizer)
-    method, shape = compose(config.algorithm), shape_by(config.algorithm.penalties)
+    method, shape = compose(config.algorithm), shape_by(config.algorithm)
     learner = Learner(config, policy, method, device="cpu", directory=directory)
     number = 0
     for version in range(config.run.steps):

@@ -197,16 +197,6 @@ def test_generated_prompts_do_not_repeat_when_a_data_set_ends(tokenizer):
     assert texts[0] != texts[1] != texts[2]
 
 
-def test_shuffled_rewards_are_the_next_prompts_and_evaluation_is_honest(tokenizer, tmp_path):
-    honest = Prompts(make([numbers(tmp_path / "a.jsonl", eval_prompts=3)]), tokenizer)
-    shuffled = Prompts(make([numbers(tmp_path / "a.jsonl", eval_prompts=3, reward_shuffle=True)]), tokenizer)
-    for index in range(7):
-        prompt, following = shuffled.prompt("file", index), honest.prompt("file", index + 1)
-        assert prompt.text == honest.prompt("file", index).text
-        assert (prompt.answer, prompt.fields) == (following.answer, following.fields)
-    assert seen(shuffled.held_out()) == seen(honest.held_out())
-
-
 def test_generated_prompts_that_fail_or_are_too_long_are_drawn_again(tokenizer):
     domain = {"name": "f", "source": "callable", "task": f"{__name__}:count", "options": {"digits": 6}}
     prompts = Prompts(make([domain], context=6), tokenizer)  # room for five digits; numbers of six are drawn again
@@ -255,7 +245,6 @@ def test_unusable_rows_are_named(some, message, tokenizer, tmp_path):
         ({"eval_path": "missing.jsonl"}, "domains.0.eval_path = 'missing.jsonl': cannot read it"),
         ({"eval_prompts": 11}, "domains.0.eval_prompts = 11: there are only 10 different prompts"),
         ({"eval_prompts": 10}, "every prompt is held out"),
-        ({"eval_prompts": 9, "reward_shuffle": True}, "domains.0.reward_shuffle = true: needs two different prompts"),
         ({"system": "be brief"}, "system: the tokenizer has no chat template"),
     ],
 )
