@@ -64,6 +64,7 @@ class Learner:
         self._device = torch.device(device)
         self._directory = directory
         self.version = self.steps = self.updates = self.bad_updates = self.bad_in_a_row = 0
+        self._moved = False  # the present step has updated the policy already
         self.model = model
         nn.Module.to(model.eval(), self._device)  # eval: no dropout, as generators sample without it
         place = partial(self._place, temperature=config.generator.temperature)
@@ -86,6 +87,7 @@ class Learner:
 
         Raises `NonFinite` after `learner.max_bad_updates` skipped updates in a row.
         """
+        self._moved = False
         proximals = self._proximals(updates)
         outcomes = [self._update(update, old) for update, old in zip(updates, proximals, strict=True)]
         self.version += 1
@@ -134,7 +136,8 @@ class Learner:
         if self._reference is not None:
             with torch.no_grad():
                 reference, _ = self._reference(batch)
-        tokens = replace(batch.tokens, proximal=proximal, reference=reference)
+        own = (batch.version == self.version) & (not self._moved)
+        tokens = replace(batch.tokens, proximal=proximal, reference=reference, own=own)
         return self._method.loss(
             logprob, entropy, tokens, num_tokens=update.num_tokens, num_sequences=update.num_sequences
         )
@@ -148,6 +151,7 @@ class Learner:
         self._optimizer.zero_grad()
         self.updates += 1
         self.bad_in_a_row = 0
+        self._moved = True
 
     def _skip(self, update: Update, outcome: "Outcome") -> None:
         """Leaves parameters and optimiser as they are and keeps this rank's part of the batch."""

@@ -1,48 +1,130 @@
-"""What a step tells of its health, and where it is written."""
+"""What a step tells of its health, and where it is written.
 
-import json
+A row of `metrics.jsonl` has `kind` (`step`, `evaluation` or `parity`), `step` and `time` (seconds since the epoch).
+A row of kind `step` says how version `step` was made of the one before it:
+
+name                          unit       meaning
+reward                        score      mean raw score of the valid completions
+accuracy, accuracy/DOMAIN     share      of them that solved their task
+num_invalid                   count      completions beyond judgement: in no figure here but the lengths
+length, length_max            tokens     mean and longest completion
+truncated                     share      completions cut off at the token limit
+staleness, staleness_max      versions   mean and largest age of a token: version trained at - version sampled by
+staleness_in_flight           versions   mean part of it that the token had when its group arrived
+staleness_in_queue            versions   mean part of it that the group spent waiting to be trained
+staleness_histogram           tokens     how many tokens were 0, 1, 2, ... versions old
+in_flight_histogram           tokens     the same of the part in flight
+in_queue_histogram            tokens     the same of the part in queue
+queue_s, queue_s_max          seconds    mean and longest wait of a group between arrival and take
+kv_mixed                      share      groups sampled in part with an older version's KV cache
+buffered_groups               groups     arrived and not yet taken, after this take
+leased_groups                 groups     at the generators
+generators                   count      generators in the job
+effective_sample_size         share      (sum rho)^2 / (n sum rho^2), rho = policy / behaviour: 1 on policy
+mismatch                      nats       mean |log policy - log behaviour| of tokens of staleness 0: what generator and
+                                         learner compute differently; left out of a step without such tokens
+drift                         nats       the same of all tokens: mismatch and what the policy moved since
+ratio, weight                 ratio      mean rho; mean weight given by the correction
+clipped, rejected             share      tokens clipped by the loss; tokens given weight 0 by the correction
+kl                            nats       estimated divergence from the reference policy, where there is one
+entropy                       nats       of the policy's choice of a token, where the method measures it
+loss, grad_norm, lr           -          mean loss; largest gradient norm before clipping; learning rate
+skipped_updates               count      updates left out because loss or gradient was not finite
+num_tokens                    tokens     that the policy chose in valid completions: the normaliser of `token_mean`
+num_stale_tokens              tokens     of them masked because they were older than `run.max_staleness`
+trained_tokens                tokens     of them the others, which carried a gradient
+step_s                        seconds    from the end of the last step to the end of this one
+wait_s, train_s, publish_s    seconds    of them waiting for groups, training, writing the weights
+generated_tokens              tokens     by all generators since the job started, evaluation included
+generator_busy_s              seconds    all generators' time sampling since the job started
+generator_idle_s              seconds    all generators' time with nothing to sample
+learner_idle, generator_idle  share      of each side's time spent waiting, over the last WINDOW_S
+trained_tokens_per_s          tokens/s   over the last WINDOW_S
+generated_tokens_per_s        tokens/s   likewise
+bottleneck                    -          which side holds the job up, and what would help
+
+Staleness is weighted by token, over the tokens that the policy chose in valid completions. A row of kind `evaluation`
+has `name`, `first_version` and `last_version` of the tokens measured, `wall_s`, and every figure of `schema.Score` as
+FIGURE/DOMAIN; a row of kind `parity` has `mismatch` as measured on purpose when the job started.
+"""
+
+import importlib.util
 import time
+from collections import deque
+from collections.abc import Callable
+from operator import sub
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
-from engine.config import Config
-from engine.schema import Evaluation, State, Taken
+from engine.config import Config, ConfigError
+from engine.schema import Evaluation, Group, State, Taken
 
 IDLE = 0.15  # a side that waits for more than this share of the time is not the bottleneck
+WINDOW_S = 10.0  # several heartbeats: generators tell their counters with these only
+
+Record = dict[str, Any]
+Numbers = dict[str, int | float]
 
 
-def rollouts(taken: Taken, version: int) -> dict[str, Any]:
-    """What the groups of a take say before training: rewards, lengths and, weighted by token, their staleness.
+# ---- rollouts ------------------------------------------------------------------------------------------------------
 
-    staleness = version - token.version, split at the arrival of the group into `in_flight` (old when it came) and
-    `in_queue` (aged while it waited). `staleness_histogram[d]` counts tokens of staleness d.
-    """
-    verdicts = [(group.domain, verdict) for group in taken.groups for verdict in group.verdicts if not verdict.error]
-    lengths = np.concatenate([group.lengths for group in taken.groups])
-    truncated = [finish == "length" for group in taken.groups for finish in group.finish]
-    staleness = np.concatenate([version - group.versions for group in taken.groups])
-    in_queue = np.concatenate([
-        np.full(len(group.versions), version - arrival)
-        for group, arrival in zip(taken.groups, taken.arrival_versions, strict=True)
-    ])
-    domains = sorted({domain for domain, _ in verdicts})
+
+def rollouts(taken: Taken, version: int) -> Record:
+    """What the groups of a take say of themselves when the learner, at `version`, is about to train on them."""
+    return _judgements(taken.groups) | _lengths(taken.groups) | _staleness(taken, version) | _queue(taken)
+
+
+def _judgements(groups: list[Group]) -> Record:
+    valid = [(group.domain, verdict) for group in groups for verdict in group.verdicts if not verdict.error]
+    domains = sorted({domain for domain, _ in valid})
     return {
-        "reward": _mean([verdict.score for _, verdict in verdicts]),
-        "accuracy": _mean([verdict.solved for _, verdict in verdicts]),
-        **{f"accuracy/{name}": _mean([v.solved for domain, v in verdicts if domain == name]) for name in domains},
-        "invalid_completions": len(lengths) - len(verdicts),
-        "length": float(lengths.mean()),
-        "length_max": int(lengths.max()),
-        "truncated": _mean(truncated),
+        "reward": _mean([verdict.score for _, verdict in valid]),
+        "accuracy": _mean([verdict.solved for _, verdict in valid]),
+        **{f"accuracy/{name}": _mean([each.solved for domain, each in valid if domain == name]) for name in domains},
+        "num_invalid": sum(group.num_samples for group in groups) - len(valid),
+    }
+
+
+def _lengths(groups: list[Group]) -> Record:
+    lengths = [length for group in groups for length in group.lengths]
+    return {
+        "length": _mean(lengths),
+        "length_max": max(lengths, default=0),
+        "truncated": _mean([finish == "length" for group in groups for finish in group.finish]),
+    }
+
+
+def _staleness(taken: Taken, version: int) -> Record:
+    """The age of every token at `version`, split at the arrival of its group: in flight before, in queue after."""
+    sampled = [group.versions[_counted(group)] for group in taken.groups]
+    arrived = np.repeat(taken.arrival_versions, [len(versions) for versions in sampled])
+    in_flight, in_queue = arrived - np.concatenate(sampled), version - arrived
+    staleness = in_flight + in_queue
+    return {
         "staleness": _mean(staleness),
         "staleness_max": int(staleness.max(initial=0)),
-        "staleness_in_flight": _mean(staleness - in_queue),
+        "staleness_in_flight": _mean(in_flight),
         "staleness_in_queue": _mean(in_queue),
-        "staleness_histogram": np.bincount(np.maximum(staleness, 0)).tolist(),
-        "kv_mixed": _mean([group.kv_mixed for group in taken.groups]),
+        "staleness_histogram": np.bincount(staleness).tolist(),
+        "in_flight_histogram": np.bincount(in_flight).tolist(),
+        "in_queue_histogram": np.bincount(in_queue).tolist(),
+    }
+
+
+def _counted(group: Group) -> np.ndarray:
+    """bool [T]: the tokens that the policy chose in valid completions."""
+    valid = [not verdict.error for verdict in group.verdicts]
+    return np.repeat(valid, group.lengths) & group.loss_mask.astype(bool)
+
+
+def _queue(taken: Taken) -> Record:
+    return {
         "queue_s": _mean(taken.queue_s),
+        "queue_s_max": max(taken.queue_s, default=0.0),
+        "kv_mixed": _mean([group.kv_mixed for group in taken.groups]),
         "buffered_groups": taken.state.buffered_groups,
         "leased_groups": taken.state.leased_groups,
         "generators": len(taken.state.generators),
@@ -53,50 +135,91 @@ def _mean(values: Any) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-class Pace:
-    """Both sides' speed and idle share between two steps."""
+# ---- pace ----------------------------------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
-        self._at = time.monotonic()
-        self._state: State | None = None
-        self._learner_idle_s = self._learner_s = 0.0
-        self._generator_idle_s = self._generator_s = 0.0
-        self.trained_tokens = 0
 
-    def step(self, state: State, waited_s: float, trained_tokens: int) -> dict[str, Any]:
-        """Figures of the time since the last call, in which the learner waited `waited_s` for its groups."""
-        now = time.monotonic()
-        wall_s, self._at = now - self._at, now
-        before, self._state = self._state or state, state
-        busy_s = state.generator_busy_s - before.generator_busy_s
-        idle_s = state.generator_idle_s - before.generator_idle_s
-        generated = state.generated_tokens - before.generated_tokens
-        self._learner_idle_s += waited_s
-        self._learner_s += wall_s
-        self._generator_idle_s += max(0.0, idle_s)
-        self._generator_s += max(0.0, busy_s + idle_s)
-        self.trained_tokens += trained_tokens
-        learner_idle = waited_s / wall_s if wall_s else 0.0
-        generator_idle = max(0.0, idle_s) / (busy_s + idle_s) if busy_s + idle_s > 0 else 0.0
-        return {
-            "step_s": wall_s,
-            "wait_s": waited_s,
-            "learner_idle": learner_idle,
-            "generator_idle": generator_idle,
-            "trained_tokens": trained_tokens,
-            "generated_tokens": state.generated_tokens,
-            "trained_tokens_per_s": trained_tokens / wall_s if wall_s else 0.0,
-            "generated_tokens_per_s": max(0, generated) / wall_s if wall_s else 0.0,
-            "bottleneck": bottleneck(learner_idle, generator_idle),
-        }
+class Totals(NamedTuple):
+    """Running totals at the end of a step, or what two of them differ by."""
+
+    wall_s: float
+    waited_s: float  # of wall_s, by the learner for its groups
+    trained_tokens: int
+    generated_tokens: int
+    busy_s: float  # sampling, summed over generators
+    idle_s: float  # with nothing to sample, summed over generators
+
+    def since(self, earlier: "Totals") -> "Totals":
+        return Totals(*map(sub, self, earlier))
 
     @property
     def learner_idle(self) -> float:
-        return self._learner_idle_s / self._learner_s if self._learner_s else 0.0
+        return _ratio(self.waited_s, self.wall_s)
 
     @property
     def generator_idle(self) -> float:
-        return self._generator_idle_s / self._generator_s if self._generator_s else 0.0
+        return _ratio(self.idle_s, self.busy_s + self.idle_s)
+
+
+class Pace:
+    """Both sides' speed and idle share from its making on. `clock` counts seconds.
+
+    Shares and rates of a step cover the last `WINDOW_S` seconds, or the last step where that took longer. A
+    generator's counters are those of its last heartbeat, so its rate is taken over its own time, not the learner's.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._started_s = clock()
+        self._first: Totals | None = None  # the generators' counters are known only from the first step on
+        self._recent: deque[Totals] = deque()
+
+    def step(self, state: State, waited_s: float, trained_tokens: int) -> Record:
+        """Figures of the step that ends now, whose learner waited `waited_s` for its groups."""
+        generators = state.generated_tokens, state.generator_busy_s, state.generator_idle_s
+        if self._first is None:
+            self._first = Totals(self._started_s, 0.0, 0, *generators)
+            self._recent.append(self._first)
+        last = self._recent[-1]
+        now = Totals(self._clock(), last.waited_s + waited_s, last.trained_tokens + trained_tokens, *generators)
+        self._recent.append(now)
+        while len(self._recent) > 2 and now.wall_s - self._recent[1].wall_s >= WINDOW_S:
+            self._recent.popleft()
+        recent = now.since(self._recent[0])
+        return {
+            "step_s": now.wall_s - last.wall_s,
+            "wait_s": waited_s,
+            "trained_tokens": trained_tokens,
+            "generated_tokens": state.generated_tokens,
+            "generator_busy_s": state.generator_busy_s,
+            "generator_idle_s": state.generator_idle_s,
+            "learner_idle": recent.learner_idle,
+            "generator_idle": recent.generator_idle,
+            "trained_tokens_per_s": _ratio(recent.trained_tokens, recent.wall_s),
+            "generated_tokens_per_s": _ratio(recent.generated_tokens, recent.busy_s + recent.idle_s)
+            * len(state.generators),
+            "bottleneck": bottleneck(recent.learner_idle, recent.generator_idle),
+        }
+
+    @property
+    def total(self) -> Totals:
+        """From the first step to the end of the last."""
+        return Totals(0.0, 0.0, 0, 0, 0.0, 0.0) if self._first is None else self._recent[-1].since(self._first)
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.total.trained_tokens
+
+    @property
+    def learner_idle(self) -> float:
+        return self.total.learner_idle
+
+    @property
+    def generator_idle(self) -> float:
+        return self.total.generator_idle
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
 
 
 def bottleneck(learner_idle: float, generator_idle: float) -> str:
@@ -110,41 +233,67 @@ def bottleneck(learner_idle: float, generator_idle: float) -> str:
     return "balanced"
 
 
+# ---- records -------------------------------------------------------------------------------------------------------
+
+
+def check_tracking(config: Config) -> None:
+    """Raises `ConfigError` where [tracking] asks for a package that is not there."""
+    project = config.tracking.wandb_project
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"tracking.wandb_project = {project!r}: needs the package wandb: pip install 'leeway[wandb]'")
+
+
 class Recorder:
     """Writes every record to `metrics.jsonl`, its numbers to TensorBoard and, when configured, Weights & Biases."""
 
     def __init__(self, config: Config, path: Path, tensorboard: Path):
-        self._file = path.open("a", buffering=1)
-        self._writers: list[Any] = []
+        self._file = path.open("ab", buffering=0)
+        self._writers: list[Callable[[Numbers, int], None]] = []
+        self._closers: list[Callable[[], None]] = [self._file.close]
         if config.tracking.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(tensorboard))
-            self._writers.append(lambda record, step: [writer.add_scalar(k, v, step) for k, v in record.items()])
+            self._open_tensorboard(tensorboard)
         if config.tracking.wandb_project:
-            import wandb
+            self._open_wandb(config, path.parent)
 
-            run = wandb.init(project=config.tracking.wandb_project, name=config.run.name, dir=str(path.parent))
-            self._writers.append(lambda record, step: run.log(record, step=step))
+    def _open_tensorboard(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-    def record(self, record: dict[str, Any]) -> None:
-        """`record` has `kind` and `step` beside its figures."""
-        self._file.write(json.dumps({"time": time.time(), **record}) + "\n")
-        prefix = record["kind"]
-        numbers = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        writer = SummaryWriter(str(directory))
+
+        def write(numbers: Numbers, step: int) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+
+        self._writers.append(write)
+        self._closers.append(writer.close)
+
+    def _open_wandb(self, config: Config, directory: Path) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        run = wandb.init(project=config.tracking.wandb_project, name=directory.name, dir=str(directory))
+        self._writers.append(lambda numbers, step: run.log(numbers, step=step))
+        self._closers.append(run.finish)
+
+    def record(self, record: Record) -> None:
+        """`record` has `kind` and `step` beside its figures; one that is not a number is written as null."""
+        self._file.write(msgspec.json.encode({"time": time.time(), **record}) + b"\n")
+        kind, step = record["kind"], record["step"]
+        numbers = {f"{kind}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         for write in self._writers:
-            write(numbers, record["step"])
+            write(numbers, step)
 
     def close(self) -> None:
-        self._file.close()
+        """Safe to call twice."""
+        while self._closers:
+            self._closers.pop()()
 
 
-def evaluation_record(evaluation: Evaluation, step: int) -> dict[str, Any]:
+def evaluation_record(evaluation: Evaluation, step: int) -> Record:
     """A row of `metrics.jsonl` for an evaluation."""
     figures = {
-        f"{figure}/{domain}": getattr(score, figure)
+        f"{figure}/{domain}": value
         for domain, score in evaluation.scores.items()
-        for figure in ("accuracy", "stderr", "reward", "num_completions", "num_invalid", "mean_length")
+        for figure, value in msgspec.structs.asdict(score).items()
     }
     return {
         "kind": "evaluation",

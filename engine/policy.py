@@ -29,6 +29,7 @@ class Batch:
     rows: Tensor  # int64 [N], the flat position whose logits predict each target
     targets: Tensor  # int64 [N]
     tokens: Tokens
+    version: Tensor  # int32 [N], the weights that sampled each target
 
     @classmethod
     def of(cls, micro: MicroBatch, device: torch.device) -> "Batch":
@@ -55,6 +56,7 @@ class Batch:
                 sequence=tensor(micro.sequence),
                 lengths=tensor(micro.lengths),
             ),
+            version=tensor(micro.version),
         )
 
 

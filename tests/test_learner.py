@@ -287,6 +287,13 @@ def test_proximal_policy_is_not_computed_where_nothing_needs_it(tmp_path: Path) 
     assert [tokens.proximal for _, tokens in seen] == [None, None]
 
 
+def test_own_tokens_are_those_of_the_learners_version_until_the_policy_moves(tmp_path: Path) -> None:
+    learner, seen, updates = recorded(tmp_path, "learner.updates_per_step=2")
+    learner.step(updates)  # the same tokens again, of version 0, at version 1
+    assert [bool(tokens.own.all()) for _, tokens in seen] == [True, False, False, False]
+    assert not any(tokens.own.any() for _, tokens in seen[1:])
+
+
 def test_reference_stays_where_the_policy_started(tmp_path: Path) -> None:
     learner, seen, updates = recorded(tmp_path, "algorithm.kl={ name = 'k3', coefficient = 0.5 }")
     learner.step(updates)

@@ -230,3 +230,23 @@ def test_a_mistake_names_the_slot_and_the_key(tables, line):
     with pytest.raises(ConfigError) as error:
         compose(Algorithm(**tables))
     assert str(error.value).startswith(line)
+
+
+def test_mismatch_is_the_drift_of_the_policys_own_tokens_alone():
+    tokens = Tokens(
+        behaviour=tensor(-1.0, -1.0, -1.0, -1.0),
+        advantage=tensor(1.0, 1.0, 1.0, 1.0),
+        mask=tensor(1.0, 1.0, 0.0, 1.0),
+        sequence=torch.tensor([0, 0, 1, 1]),
+        lengths=torch.tensor([2, 2]),
+        own=torch.tensor([True, True, True, False]),
+    )
+    logprob = tensor(-1.1, -0.7, -5.0, -3.0)
+    _, sums = compose(Algorithm()).loss(logprob, None, tokens, num_tokens=4, num_sequences=2)
+    figures = means({name: float(value) for name, value in sums.items()})
+    assert figures["mismatch"] == pytest.approx((0.1 + 0.3) / 2)  # the third is masked, the fourth of another version
+    assert figures["drift"] == pytest.approx((0.1 + 0.3 + 2.0) / 3)
+    assert "own" not in figures
+
+    none = {name: float(value) for name, value in sums.items()} | {"own": 0.0, "mismatch": 0.0}
+    assert "mismatch" not in means(none)

@@ -45,6 +45,7 @@ class Tokens:
     lengths: Tensor  # int64 [S]: tokens of each completion that train, stale ones included
     proximal: Tensor | None = None  # float [N]
     reference: Tensor | None = None  # float [N]
+    own: Tensor | None = None  # bool [N]: sampled with the very weights that the policy has now; for `mismatch` alone
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Method:
         w = self.correction(proximal, tokens.behaviour, completions)
         omega = self.aggregate(completions, tokens.lengths, num_tokens, num_sequences)
         penalised = w * phi
-        health = _drift(logprob, tokens.behaviour) | {"clipped": clipped, "weight": w, "rejected": w == 0}
+        health = _drift(logprob, tokens) | {"clipped": clipped, "weight": w, "rejected": w == 0}
         if self.needs_reference:
             assert tokens.reference is not None, "this method needs the reference's log-probabilities"
             beta_k = self.divergence(logprob, tokens.reference)
@@ -103,10 +104,12 @@ class Method:
         return logprob.detach() if tokens.proximal is None else tokens.proximal
 
 
-def _drift(logprob: Tensor, behaviour: Tensor) -> dict[str, Tensor]:
+def _drift(logprob: Tensor, tokens: Tokens) -> dict[str, Tensor]:
     """How far the policy is from the one that sampled, whatever the method makes of it."""
-    rho = ratio(logprob.detach(), behaviour)
-    return {"drift": (logprob.detach() - behaviour).abs(), "ratio": rho, "ratio_squared": rho.square()}
+    rho = ratio(logprob.detach(), tokens.behaviour)
+    drift = (logprob.detach() - tokens.behaviour).abs()
+    figures = {"drift": drift, "ratio": rho, "ratio_squared": rho.square()}
+    return figures if tokens.own is None else figures | {"own": tokens.own, "mismatch": drift * tokens.own}
 
 
 def _sums(values: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
@@ -116,14 +119,19 @@ def _sums(values: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
 def means(sums: Mapping[str, float]) -> dict[str, float]:
     """Means per token of the sums of `Method.loss`, added over micro-batches and ranks; empty without tokens.
 
-    `clipped` and `rejected` (by the correction) are shares of the tokens; `drift` is |log pi - log pi_behaviour|. The
-    effective sample size is (sum rho)^2 / (N sum rho^2), rho = pi / pi_behaviour: 1 on policy, 1/N at worst.
+    `clipped` and `rejected` (by the correction) are shares of the tokens; `drift` is |log pi - log pi_behaviour|, and
+    `mismatch` the same of the policy's own tokens, left out where there are none: it would be 0 if generator and
+    learner computed alike. The effective sample size is (sum rho)^2 / (N sum rho^2), rho = pi / pi_behaviour: 1 on
+    policy, 1/N at worst.
     """
     num_tokens = sums["tokens"]
     if num_tokens == 0:
         return {}
-    figures = {name: total / num_tokens for name, total in sums.items() if name not in ("tokens", "ratio_squared")}
+    plain = sums.keys() - {"tokens", "ratio_squared", "own", "mismatch"}
+    figures = {name: total / num_tokens for name, total in sums.items() if name in plain}
     figures["effective_sample_size"] = sums["ratio"] ** 2 / (num_tokens * sums["ratio_squared"])
+    if sums.get("own"):
+        figures["mismatch"] = sums["mismatch"] / sums["own"]
     return figures
 
 
