@@ -117,6 +117,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES))
     def join(self, name: str) -> None:
+        self.abandon(name)
         self.generators[name] = Generator()
         self.coordinator.join(name, self.now)
 
@@ -125,13 +126,13 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: self.members())
     @rule(pick=picks, num_samples=st.integers(0, 12), lost=st.booleans())
-    def request(self, pick, num_samples: int, lost: bool) -> None:
+    def request(self, pick: Random, num_samples: int, lost: bool) -> None:
         self.coordinator.request(pick.choice(self.members()), num_samples, self.now)
         self.grant(lost)
 
     @precondition(lambda self: self.members())
     @rule(pick=picks, late=st.integers(0, 2))
-    def apply(self, pick, late: int) -> None:
+    def apply(self, pick: Random, late: int) -> None:
         """Generators switch to the published weights, all but `late` of them; some leases have not begun by then."""
         for name in pick.sample(self.members(), len(self.members()))[late:]:
             self.switch(name, [index for index, _ in enumerate(self.generators[name].held) if pick.random() < 0.3])
@@ -155,19 +156,24 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: self.holders())
     @rule(pick=picks, fate=st.sampled_from(["good"] * 5 + ["uniform", "invalid", "lost"]))
-    def finish(self, pick, fate: str) -> None:
+    def finish(self, pick: Random, fate: str) -> None:
         """One lease finishes, and need not be the oldest; the message may get lost, and be repeated later."""
-        self.finish_one(pick.choice(self.holders()), pick, fate)
+        self.finish_one(pick.choice(self.holders()), pick: Random, fate)
 
     @rule(pick=picks, patience=st.integers(0, 3))
-    def finish_many(self, pick, patience: int) -> None:
+    def finish_many(self, pick: Random, patience: int) -> None:
         """All finish but for `patience` stragglers a generator."""
         for name in self.holders():
             while self.coordinator.has(name) and len(self.generators[name].held) > patience:
-                self.finish_one(name, pick, "good", ask=False)
+                self.finish_one(name, pick: Random, "good", ask=False)
             self.ask(name)
 
-    def finish_one(self, name: str, pick, fate: str, ask: bool = True) -> None:
+    def abandon(self, name: str) -> None:
+        """What a generator that went had finished may still be on the wire."""
+        for lease, first in self.generators.pop(name, Generator()).held:
+            self.sent.append(fake_run.result(lease, self.incarnation, generator=name, versions=[first]))
+
+    def finish_one(self, name: str, pick: Random, fate: str, ask: bool = True) -> None:
         generator = self.generators[name]
         lease, first = generator.held.pop(pick.randrange(len(generator.held)))
         group = fake_run.result(
@@ -186,7 +192,7 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: self.sent)
     @rule(pick=picks)
-    def repeat(self, pick) -> None:
+    def repeat(self, pick: Random) -> None:
         self.deliver(pick.choice(self.sent))
 
     def repeat_late(self, random: Random) -> None:
@@ -209,15 +215,15 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: self.members())
     @rule(pick=picks)
-    def leave(self, pick) -> None:
+    def leave(self, pick: Random) -> None:
         name = pick.choice(self.members())
         self.coordinator.leave(name, "left", self.now)
-        del self.generators[name]
+        self.abandon(name)
         self.grant()
 
     @precondition(lambda self: self.members())
     @rule(pick=picks)
-    def beat(self, pick) -> None:
+    def beat(self, pick: Random) -> None:
         name = pick.choice(self.members())
         held = [(lease.kind, lease.group_id, lease.attempt) for lease, _ in self.generators[name].held]
         self.coordinator.heartbeat(name, Heartbeat(held, 0, 0.0, 0.0), self.now)
@@ -290,6 +296,11 @@ class Histories(RuleBasedStateMachine):
             due = sum(first + bound <= later for (first,) in rows)
             assert due <= (later - version) * per_step, f"{due} groups are due at {later}, after a take at {version}"
 
+    def take_and_save(self) -> None:
+        if self.taken is None:
+            self.take()
+        self.save()
+
     @precondition(lambda self: self.taken is not None)
     @rule(skipped=st.booleans())
     def train(self, skipped: bool) -> None:
@@ -357,8 +368,8 @@ ACTS: dict[str, tuple[int, Callable[[Histories, Random], None]]] = {  # weight a
     "learn": (12, lambda histories, random: histories.learn(random.random() < 0.1, random.randint(1, 2))),
     "switch": (12, lambda histories, random: histories.switch(random.choice(histories.members()), [])),
     "switch_late": (4, lambda histories, random: histories.switch(random.choice(histories.members()), [], 1)),
-    "repeat": (4, lambda histories, random: histories.repeat_late(random)),
-    "take": (1, lambda histories, random: histories.take() if histories.taken is None else None),
+    "repeat": (8, lambda histories, random: histories.repeat_late(random)),
+    "take_and_save": (2, lambda histories, random: histories.take_and_save()),
     "wait": (1, lambda histories, random: histories.wait(random.choice([1.0, 5.0, 31.0]))),
     "beat": (4, lambda histories, random: histories.beat(random)),
     "join": (2, lambda histories, random: histories.join(random.choice(NAMES))),
