@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import Config, parse
-from engine.coordinator import Coordinator
+from engine.coordinator import Coordinator, Note
 from engine.ledger import Ledger
 from engine.schema import Group, Lease, Prompt
 from rewards.verdict import Verdict
@@ -56,9 +56,8 @@ def config(*, max_staleness: int = 1, groups_per_step: int = 2, group_size: int 
     )
 
 
-def coordinator(settings: Config, directory: Path, prompts: CountingPrompts | None = None) -> Coordinator:
-    ledger = Ledger(directory / "ledger.db")
-    return Coordinator(settings, CountingPrompts() if prompts is None else prompts, ledger, raw_scores)
+def coordinator(settings: Config, directory: Path, note: Callable[[Note], None] = lambda note: None) -> Coordinator:
+    return Coordinator(settings, CountingPrompts(), Ledger(directory / "ledger.db"), raw_scores, note)
 
 
 def raw_scores(group: Group) -> np.ndarray:

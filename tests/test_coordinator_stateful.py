@@ -158,14 +158,14 @@ class Histories(RuleBasedStateMachine):
     @rule(pick=picks, fate=st.sampled_from(["good"] * 5 + ["uniform", "invalid", "lost"]))
     def finish(self, pick: Random, fate: str) -> None:
         """One lease finishes, and need not be the oldest; the message may get lost, and be repeated later."""
-        self.finish_one(pick.choice(self.holders()), pick: Random, fate)
+        self.finish_one(pick.choice(self.holders()), pick, fate)
 
     @rule(pick=picks, patience=st.integers(0, 3))
     def finish_many(self, pick: Random, patience: int) -> None:
         """All finish but for `patience` stragglers a generator."""
         for name in self.holders():
             while self.coordinator.has(name) and len(self.generators[name].held) > patience:
-                self.finish_one(name, pick: Random, "good", ask=False)
+                self.finish_one(name, pick, "good", ask=False)
             self.ask(name)
 
     def abandon(self, name: str) -> None:
@@ -379,6 +379,9 @@ ACTS: dict[str, tuple[int, Callable[[Histories, Random], None]]] = {  # weight a
 }
 
 Histories.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100,
+    stateful_step_count=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 test_histories = Histories.TestCase
