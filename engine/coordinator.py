@@ -238,7 +238,7 @@ class Coordinator:
     def take(self, num_groups: int, version: int, now: float) -> Taken | None:
         """The groups to train at `version`; None: the learner must wait, ask again after the next change."""
         overdue = self.buffer.expire(version)
-        leased_versions = [task.version for task in self._leased.values() if task.kind == "train"]
+        leased_versions = (task.version for task in self._leased.values() if task.kind == "train")
         taken = self.buffer.take(num_groups, version, leased_versions)
         if not overdue and taken is None:
             return None
