@@ -16,12 +16,10 @@ def advantages(method: Method, shape: Shape, groups: list[Group]) -> list[np.nda
     """
     valid = [np.array([not verdict.error for verdict in group.verdicts], bool) for group in groups]
     scores = np.concatenate([shape(group)[kept] for group, kept in zip(groups, valid, strict=True)])
-    number = np.concatenate([np.full(kept.sum(), index) for index, kept in enumerate(valid)])
+    sizes = [int(kept.sum()) for kept in valid]
+    number = np.repeat(np.arange(len(groups)), sizes)
     values = method.advantages(torch.from_numpy(scores), torch.from_numpy(number)).float().numpy()
-    result, start = [], 0
-    for kept in valid:
-        filled = np.zeros(len(kept), np.float32)
-        filled[kept] = values[start : start + kept.sum()]
-        start += int(kept.sum())
-        result.append(filled)
+    result = [np.zeros(len(kept), np.float32) for kept in valid]
+    for advantage, kept, mine in zip(result, valid, np.split(values, np.cumsum(sizes[:-1])), strict=True):
+        advantage[kept] = mine
     return result

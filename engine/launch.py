@@ -17,18 +17,19 @@ import argparse
 import msgspec
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from engine import checkpoint, plan, tokenizer, warm_start
 from engine.algorithms.method import compose
-from engine.config import Config, ConfigError, load
+from engine.config import Config, ConfigError, Model, load
 from engine.learner_loop import Job, Mismatch, learn
 from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
 from engine.placement import Seat, join_learners, rendezvous, seat
 from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, die_with_parent
 from engine.prompts import Prompts
-from engine.run_directory import RunDirectory, check_creatable, check_port, create, reopen
+from engine.run_directory import RunDirectory, check_creatable, check_port, check_resumable, create, reopen
 from engine.scorer import check_rewards
 from engine.scores import shape_by
 from engine.stream import Silence
@@ -90,12 +91,12 @@ def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> 
     if resume is None:
         check_creatable(config)
     else:
-        reopen(Path(resume), config)
+        check_resumable(Path(resume), config)
     if dry_run:
         print(plan.describe(config, place, _build(config, config.model, tokens), prompts))
 
 
-def _build(config: Config, source: msgspec.Struct, tokens: object) -> torch.nn.Module:
+def _build(config: Config, source: Model, tokens: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model that `source` (a [model] table) names, checked for leaks between packed sequences."""
     policy = build(
         source, vocab_size=len(tokens), eos_id=tokens.eos_token_id, pad_id=tokens.pad_token_id, seed=config.run.seed

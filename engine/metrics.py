@@ -149,7 +149,7 @@ class Totals(NamedTuple):
     idle_s: float  # with nothing to sample, summed over generators
 
     def since(self, earlier: "Totals") -> "Totals":
-        return Totals(*map(sub, self, earlier))
+        return Totals._make(map(sub, self, earlier))
 
     @property
     def learner_idle(self) -> float:

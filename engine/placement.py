@@ -1,4 +1,5 @@
 """Which torchrun rank does what, on how many threads, and how the learners find each other."""
+# pyright: reportPrivateImportUsage=false
 
 import os
 from collections.abc import Mapping
@@ -35,18 +36,18 @@ def seat(config: Config, environ: Mapping[str, str] = os.environ) -> Seat:
     """This process's seat, from torchrun's environment variables; without them it is the only rank.
 
     The first `placement.learners` ranks learn, every other one supervises a generator. Where no rank is left for
-    that, rank 0 supervises `generator.local` children. Raises `ConfigError` where the numbers do not fit.
+    that, rank 0 supervises `generator.local` children. A host's cores are divided evenly among all that compute on it:
+    its learners and its generators. Raises `ConfigError` where the numbers do not fit.
     """
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(environ.get("LOCAL_RANK", 0)), int(environ.get("LOCAL_WORLD_SIZE", 1))
     learners = config.placement.learners or max(1, world - 1)
     if not 0 < learners <= world:
         raise ConfigError(f"placement.learners = {learners}: must be between 1 and the number of ranks, {world}")
-    local_children = config.generator.local if learners == world else 0
-    generator_rank = rank >= learners
-    children = 1 if generator_rank else local_children if rank == 0 else 0
-    computing = local_world + (local_children if local_rank == 0 else 0)
-    share = max(1, cores() // computing)
+    lead_children = config.generator.local if learners == world else 0
+    children = 1 if rank >= learners else lead_children if rank == 0 else 0
+    beside_lead = rank == local_rank  # ranks are numbered host by host
+    share = max(1, cores() // (local_world + (lead_children if beside_lead else 0)))
     device = config.learner.device
     if device == "auto":
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"

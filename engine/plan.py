@@ -1,24 +1,25 @@
 """What a job would do, told before it starts: roles, sizes, tickets, memory."""
 
-from torch import nn
+from transformers import PreTrainedModel
 
+from engine.algorithms.method import compose
 from engine.config import Config
 from engine.placement import Seat
-from engine.policy import named_tensors
+from engine.policy import LOGITS_AT_ONCE, named_tensors
 from engine.prompts import Prompts
 
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
-def describe(config: Config, place: Seat, policy: nn.Module, prompts: Prompts) -> str:
+def describe(config: Config, seat: Seat, policy: PreTrainedModel, prompts: Prompts) -> str:
     """The plan as lines of text."""
     run, parameters = config.run, sum(tensor.numel() for _, tensor in named_tensors(policy))
-    generators = place.world_size - place.num_learners or config.generator.local
+    generators = seat.world_size - seat.num_learners or config.generator.local
     completions = run.groups_per_step * run.group_size
     longest = completions * config.generator.max_new_tokens
     domains = ", ".join(f"{domain.name} {domain.weight:g}" for domain in config.domains)
     rows = {
-        "roles": f"{place.num_learners} learner rank(s), {generators} generator(s) of {config.generator.slots} slots",
+        "roles": f"{seat.num_learners} learner rank(s), {generators} generator(s) of {config.generator.slots} slots",
         "model": f"{parameters:,} parameters, {type(policy).__name__}, context {config.model.context}",
         "domains": f"{domains}; {len(prompts.held_out())} held-out prompts x {config.evaluation.samples}",
         "a step": f"{run.groups_per_step} groups x {run.group_size} = {completions} completions, "
@@ -26,19 +27,20 @@ def describe(config: Config, place: Seat, policy: nn.Module, prompts: Prompts) -
         "steps": f"{run.steps}, {run.steps * run.groups_per_step:,} groups",
         "tickets": f"(max_staleness {run.max_staleness} + 1) x {run.groups_per_step} = "
         f"{(run.max_staleness + 1) * run.groups_per_step} groups at once",
-        "memory": ", ".join(f"{role} {size / 2**20:,.0f} MiB" for role, size in memory(config, place, policy).items()),
+        "memory": ", ".join(f"{role} {size / 2**20:,.0f} MiB" for role, size in memory(config, seat, policy).items()),
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
-def memory(config: Config, place: Seat, policy: nn.Module) -> dict[str, float]:
+def memory(config: Config, seat: Seat, policy: PreTrainedModel) -> dict[str, float]:
     """Bytes of a learner rank, of a generator and of the shared segment: an estimate from above for the parts that
     grow with the configuration.
 
-    Learner: (parameter + gradient + two moments) / ranks, the activations of one micro-batch (about 34 numbers a
-    token, layer and hidden unit without recomputation, arXiv:2205.05198) and its logits. Generator: parameters, their
-    staged copy and the KV cache of all slots.
+    Learner: (parameter + gradient + two moments, and the reference's parameter where there is one) / ranks, the
+    activations of one micro-batch (about 34 numbers a token, layer and hidden unit, or 2 with recomputation and one
+    layer whole, arXiv:2205.05198) and three copies of its logits. Generator: parameters, their staged copy and the
+    KV cache of all slots. Shared weights: two versions.
     """
     shape = policy.config.get_text_config()
     parameters = sum(tensor.numel() for _, tensor in named_tensors(policy))
@@ -48,11 +50,12 @@ def memory(config: Config, place: Seat, policy: nn.Module) -> dict[str, float]:
     head_dim = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
     size, compute = BYTES[config.model.dtype], 2 if config.learner.mixed_precision else BYTES[config.model.dtype]
     activations = tokens * width * (layers * 2 + 34 if config.learner.activation_checkpointing else layers * 34)
-    logits = min(tokens * shape.vocab_size, 2**26) * 3 * 4
+    logits = min(tokens * shape.vocab_size, LOGITS_AT_ONCE) * 3 * 4
+    states = 5 if compose(config.algorithm).needs_reference else 4
     payload = parameters * BYTES[config.generator.dtype]
     cache = 2 * layers * heads * head_dim * config.generator.slots * config.model.context
     return {
-        "learner": parameters * size * 4 / place.num_learners + activations * compute + logits,
+        "learner": states * parameters * size / seat.num_learners + activations * compute + logits,
         "generator": 2 * payload + cache * BYTES[config.generator.dtype],
         "shared weights": 2 * payload,
     }

@@ -1,5 +1,7 @@
 """The directory of one run: what lies where, how it is made, and what a resume may change."""
 
+import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import msgspec
 
 from engine.config import Config, ConfigError, load, to_toml
+from engine.ledger import check_filesystem
 
 # A resumed run must agree in these; steps, intervals, budgets, placement and deadlines may change.
 PINNED = (
@@ -24,6 +27,9 @@ PINNED = (
     "learner.betas",
     "learner.eps",
     "learner.weight_decay",
+    "learner.clip_norm",
+    "learner.schedule",
+    "learner.warmup_steps",
     "learner.updates_per_step",
 )
 
@@ -60,7 +66,10 @@ def create(config: Config) -> RunDirectory:
     """Makes the run's directory: the named one, which must not exist, or the next free number below `run.root`."""
     if config.run.directory:
         run = RunDirectory(Path(config.run.directory))
-        run.path.mkdir(parents=True)
+        try:
+            run.path.mkdir(parents=True)
+        except FileExistsError as error:
+            raise _exists(config) from error
     else:
         run = _numbered(Path(config.run.root), config.run.name)
     for folder in (run.stream, run.checkpoints, run.logs, run.model):
@@ -83,32 +92,42 @@ def _numbered(root: Path, name: str) -> RunDirectory:
             return run
 
 
+def _exists(config: Config) -> ConfigError:
+    return ConfigError(
+        f"run.directory = {config.run.directory!r}: exists; name another, leave it empty for a numbered one, or "
+        "continue it with --resume"
+    )
+
+
 def check_creatable(config: Config) -> None:
     """Raises `ConfigError` where `create` would fail or the ledger could not live."""
-    from engine.ledger import check_filesystem
-
-    if config.run.directory and Path(config.run.directory).exists():
-        raise ConfigError(
-            f"run.directory = {config.run.directory!r}: exists; name another, leave it empty for a numbered one, or "
-            "continue it with --resume"
-        )
-    check_filesystem(Path(config.run.directory or config.run.root))
+    if not re.fullmatch(r"\w[\w.-]*", config.run.name):
+        raise ConfigError(f"run.name = {config.run.name!r}: must be letters, digits, '.', '_' and '-'")
+    field = "run.directory" if config.run.directory else "run.root"
+    path = Path(config.run.directory or config.run.root).absolute()
+    if config.run.directory and path.exists():
+        raise _exists(config)
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{field} = {config.run.directory or config.run.root!r}: cannot make anything in {nearest}")
+    check_filesystem(path)
 
 
 def check_port(config: Config) -> None:
     """Raises `ConfigError` where `placement.port` cannot be bound."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else connections just closed hold it for a minute
         try:
             probe.bind((config.placement.bind, config.placement.port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"placement.port = {config.placement.port} on {config.placement.bind}: {error.strerror}; "
-                "choose another, or 0 for a free one"
+                f"placement.port = {config.placement.port} on {config.placement.bind}: "
+                f"{getattr(error, 'strerror', 'no such port')}; choose another, or 0 for a free one"
             ) from error
 
 
-def reopen(path: Path, config: Config) -> RunDirectory:
-    """The run to resume. Raises `ConfigError` where it is none, or where `config` differs in what is `PINNED`."""
+def check_resumable(path: Path, config: Config) -> None:
+    """Raises `ConfigError` where `path` is no run, or where `config` differs from it in what is `PINNED`."""
     run = RunDirectory(path)
     if not run.config.exists():
         raise ConfigError(f"--resume = {path}: no run directory (it has no config.toml)")
@@ -118,6 +137,12 @@ def reopen(path: Path, config: Config) -> RunDirectory:
         if before != now:
             name, was, is_now = _first_difference(field, before, now)
             raise ConfigError(f"{name} = {is_now!r}: the run to resume has {was!r}, which a resume may not change")
+
+
+def reopen(path: Path, config: Config) -> RunDirectory:
+    """The run to resume, now with `config`. Raises `ConfigError` as `check_resumable` does."""
+    check_resumable(path, config)
+    run = RunDirectory(path)
     run.config.write_text(to_toml(config))
     return run
 
@@ -131,7 +156,7 @@ def _at(table: Any, dotted: str) -> Any:
 def _first_difference(field: str, old: Any, new: Any) -> tuple[str, Any, Any]:
     """The deepest field in which two values differ first."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() | new.keys():
+        for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 return _first_difference(f"{field}.{key}", old.get(key), new.get(key))
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

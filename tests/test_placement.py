@@ -1,0 +1,110 @@
+"""Who does what: roles, generator children and threads for one rank, several ranks and several hosts."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import learning
+import pytest
+import torch
+
+from engine import placement
+from engine.config import ConfigError
+from engine.placement import Seat, join_learners, rendezvous, seat
+
+
+@pytest.fixture(autouse=True)
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "cores", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def seats(*hosts: int, overrides: tuple[str, ...] = ()) -> list[Seat]:
+    """The seats of all ranks where torchrun starts `hosts[i]` of them on host i."""
+    config = learning.configure(*overrides)
+    places = [(local, size) for size in hosts for local in range(size)]
+    return [
+        seat(
+            config,
+            {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(len(places)),
+                "LOCAL_RANK": str(local),
+                "LOCAL_WORLD_SIZE": str(size),
+            },
+        )
+        for rank, (local, size) in enumerate(places)
+    ]
+
+
+def test_without_torchrun_one_rank_learns_and_supervises() -> None:
+    alone = seat(learning.configure(), {})
+    assert alone == seats(1)[0]
+    assert (alone.rank, alone.world_size, alone.role, alone.device) == (0, 1, "learner", "cpu")
+    assert (alone.num_learners, alone.num_children) == (1, 1)
+    assert (alone.threads, alone.child_threads) == (4, 4)
+
+
+def test_of_several_ranks_all_but_one_learn() -> None:
+    two, three = seats(2), seats(3)
+    assert [each.role for each in two] == ["learner", "generator"]
+    assert [each.role for each in three] == ["learner", "learner", "generator"]
+    assert [each.num_children for each in three] == [0, 0, 1]
+    assert [each.threads for each in two + three] == [4, 4, 2, 2, 2]  # a supervisor's child computes in its place
+
+
+def test_where_all_ranks_learn_the_first_supervises() -> None:
+    both = seats(2, overrides=("placement.learners=2", "generator.local=2"))
+    assert [each.role for each in both] == ["learner", "learner"]
+    assert [each.num_children for each in both] == [2, 0]
+    assert [(each.threads, each.child_threads) for each in both] == [(2, 2), (2, 2)]
+
+
+def test_each_host_divides_its_own_cores() -> None:
+    learners = seats(2, 1, overrides=("placement.learners=3", "generator.local=2"))
+    assert [each.num_children for each in learners] == [2, 0, 0]
+    assert [each.threads for each in learners] == [2, 2, 8]
+    mixed = seats(2, 2, overrides=("placement.learners=2",))
+    assert [(each.role, each.num_children) for each in mixed] == [("learner", 0)] * 2 + [("generator", 1)] * 2
+    assert [each.child_threads for each in mixed] == [4, 4, 4, 4]
+
+
+def test_more_processes_than_cores_have_a_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "cores", lambda: 2)
+    assert [(each.threads, each.child_threads) for each in seats(3)] == [(1, 1)] * 3
+
+
+def test_threads_and_device_as_configured() -> None:
+    (only,) = seats(1, overrides=("learner.threads=3", "generator.threads=5", "learner.device=cuda:7"))
+    assert (only.threads, only.child_threads, only.device) == (3, 5, "cuda:7")
+
+
+def test_each_rank_has_the_device_of_its_place_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [each.device for each in seats(2, 2)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize("learners", [-1, 3])
+def test_learners_must_fit_the_ranks(learners: int) -> None:
+    with pytest.raises(ConfigError, match=rf"placement.learners = {learners}: must be between 1 and .* 2$"):
+        seats(2, overrides=(f"placement.learners={learners}",))
+
+
+def test_one_learner_on_a_cpu_needs_neither_store_nor_group() -> None:
+    (only,) = seats(1)
+    assert rendezvous(only, 1.0) is None
+    join_learners(only, None, 1.0)
+    assert not torch.distributed.is_initialized()
+
+
+def test_ranks_meet_in_one_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.map(lambda each: rendezvous(each, 20.0), seats(2))
+    assert first is not None and second is not None
+    first.set("run", "here")
+    assert second.get("run") == b"here"

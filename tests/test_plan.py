@@ -1,0 +1,76 @@
+"""The plan of a job: its numbers for a model whose size is counted by hand."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import learning
+import pytest
+from transformers import PreTrainedModel
+
+from engine.config import Config
+from engine.model import build
+from engine.placement import Seat, seat
+from engine.plan import describe, memory
+
+# Qwen3 shape: hidden 16, 2 layers, 2 heads of 8, 1 key-value head, feed-forward 24, vocabulary 11, tied.
+# A layer: q 16x16, k and v 16x8 each, o 16x16, norms of q and k 8 each, feed-forward 3 x 16x24, two norms of 16.
+LAYER = 256 + 128 + 128 + 256 + 8 + 8 + 3 * 384 + 32
+PARAMETERS = 11 * 16 + 2 * LAYER + 16
+
+
+def job(*overrides: str, ranks: int = 1) -> tuple[Config, Seat, PreTrainedModel]:
+    config = learning.configure(*overrides, dtype="float32")
+    place = seat(config, {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)})
+    return config, place, build(config.model, vocab_size=11, eos_id=1, pad_id=0, seed=0)
+
+
+def rows(*overrides: str, ranks: int = 1) -> dict[str, str]:
+    prompts: Any = SimpleNamespace(held_out=lambda: [None] * 6)
+    text = describe(*job(*overrides, ranks=ranks), prompts)
+    return {name.strip(): row.strip() for name, row in (line.split("  ", 1) for line in text.splitlines())}
+
+
+def test_numbers_of_the_plan() -> None:
+    plan = rows("run.max_staleness=3", "learner.updates_per_step=2", "generator.slots=5")
+    assert plan["roles"] == "1 learner rank(s), 1 generator(s) of 5 slots"
+    assert plan["model"] == f"{PARAMETERS:,} parameters, Qwen3ForCausalLM, context 32"
+    assert plan["domains"] == "d 1; 6 held-out prompts x 4"
+    assert plan["a step"] == "2 groups x 4 = 8 completions, at most 64 answer tokens, 2 update(s)"
+    assert plan["steps"] == "10, 20 groups"
+    assert plan["tickets"] == "(max_staleness 3 + 1) x 2 = 8 groups at once"
+
+
+@pytest.mark.parametrize(
+    "ranks, overrides, roles",
+    [
+        (3, (), "2 learner rank(s), 1 generator(s)"),
+        (3, ("placement.learners=1",), "1 learner rank(s), 2 generator(s)"),
+        (2, ("placement.learners=2", "generator.local=3"), "2 learner rank(s), 3 generator(s)"),
+    ],
+)
+def test_roles(ranks: int, overrides: tuple[str, ...], roles: str) -> None:
+    assert rows(*overrides, ranks=ranks)["roles"].startswith(roles)
+
+
+def test_memory_of_each_role() -> None:
+    activations, logits = 32 * 16 * 2 * 34, 32 * 11 * 3
+    cache = 2 * 2 * 1 * 8 * 5 * 32  # keys and values, layers, heads, head size, slots, context
+    assert memory(*job("generator.slots=5")) == {
+        "learner": 4 * (4 * PARAMETERS + activations + logits),
+        "generator": 4 * (2 * PARAMETERS + cache),
+        "shared weights": 4 * 2 * PARAMETERS,
+    }
+
+
+def test_memory_follows_the_configuration() -> None:
+    plain = memory(*job())
+    sharded = memory(*job(ranks=3))["learner"]
+    assert plain["learner"] - sharded == 4 * 4 * PARAMETERS / 2  # two learners
+    reference = memory(*job("algorithm.kl={ name = 'k3', coefficient = 0.1 }"))["learner"]
+    assert reference - plain["learner"] == 4 * PARAMETERS
+    mixed = memory(*job("learner.mixed_precision=true"))["learner"]
+    assert plain["learner"] - mixed == 2 * 32 * 16 * 2 * 34
+    recomputed = memory(*job("learner.activation_checkpointing=true"))["learner"]
+    assert plain["learner"] - recomputed == 4 * 32 * 16 * (2 * 34 - 34 - 2 * 2)
+    half = memory(*job("generator.dtype=bfloat16"))
+    assert (half["generator"], half["shared weights"]) == (plain["generator"] / 2, plain["shared weights"] / 2)
