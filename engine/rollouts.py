@@ -30,7 +30,7 @@ from engine.schema import (
     decode,
     encode,
 )
-from engine.stream import Link
+from engine.stream import Link, Silence
 
 
 class Rollouts:
@@ -97,14 +97,14 @@ class Rollouts:
     def save(self, path: str, step: int) -> None:
         """Has the coordinator write its part of a checkpoint below `path`."""
         if self._seat.rank == 0:
-            self._link.send(Save(path, step))
+            self._tell(Save(path, step))
             self._receive(self._deadlines.collective_s, f"checkpoint at step {step}", Done, interruptible=False)
 
     def finish(self, reason: str) -> State | None:
         """Ends generators and coordinator in order; the last state, on rank 0."""
         if self._seat.rank != 0:
             return None
-        self._link.send(Finished(reason))
+        self._tell(Finished(reason))
         done = self._receive(self._deadlines.stop_s, "end of the coordinator", Done, interruptible=False)
         self._child.wait(self._deadlines.stop_s)
         return done.state
@@ -115,16 +115,24 @@ class Rollouts:
             self._link.close()
 
     def _tell(self, message: Any) -> None:
-        if self._seat.rank == 0:
+        if self._seat.rank != 0:
+            return
+        try:
             self._link.send(message)
+        except Silence as error:
+            raise self._child.error() from error
 
     def _ask(self, message: Any, expected: type, timeout_s: float, phase: str) -> Any:
-        self._link.send(message)
+        self._tell(message)
         return self._receive(timeout_s, phase, expected)
 
     def _receive(self, timeout_s: float, phase: str, expected: type, interruptible: bool = True) -> Any:
         watch = [self._child, self._stop] if interruptible else [self._child]
-        message = self._link.receive(timeout_s, f"{phase}: waiting for the coordinator", watch)
+        while True:
+            message = self._link.receive(timeout_s, f"{phase}: waiting for the coordinator", watch)
+            late = isinstance(message, Taken | Probed | Evaluated) and not isinstance(message, expected)
+            if not late:  # else it answers a request that a stop ended
+                break
         if isinstance(message, Refused):
             raise RuntimeError(f"{phase}: {message.reason}")
         assert isinstance(message, expected), f"{phase}: got {type(message).__name__}"

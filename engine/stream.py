@@ -55,7 +55,11 @@ class Link:
             self.address = f"tcp://127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
 
     def send(self, message: Any) -> None:
-        self.socket.send_multipart(encode(message), copy=False)
+        """Never waits. Raises `Silence` at a binding end whose peer is gone."""
+        try:
+            self.socket.send_multipart(encode(message), zmq.NOBLOCK, copy=False)
+        except zmq.Again as error:
+            raise Silence(f"{self.address}: nobody is connected") from error
 
     def drain(self) -> Iterator[Any]:
         """Every message that has arrived, without waiting."""

@@ -106,6 +106,13 @@ def test_silence_names_the_phase():
     link.close()
 
 
+def test_sending_to_nobody_is_an_error_and_no_wait():
+    link = Link(ToGenerator)
+    with pytest.raises(Silence, match="nobody is connected"):
+        link.send(Beat())
+    link.close()
+
+
 def test_a_watched_event_ends_the_wait_with_its_own_error():
     class Event:
         fd, _write = os.pipe()
