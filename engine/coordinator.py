@@ -86,6 +86,7 @@ class Coordinator:
         self._pending: list[tuple[int, Task]] = []  # heap: training groups whose lease was lost
         self._taken: dict[int, Waiting] = {}
         self._filtered: list[int] = []  # since the last take
+        self._filtered_before: list[int] = []  # the take under way, between the last one and this
         self._ends: Counter[str] = Counter()
         self._num_drawn = 0
         self._round = 0  # leases that the present round may still grant, at max_staleness 0
@@ -136,7 +137,7 @@ class Coordinator:
                 prompts=self._prompts.state(),
                 in_flight=self._ledger.in_flight(),
                 waiting=[*self._taken.values(), *self.buffer.waiting()],
-                filtered=self._filtered,
+                filtered=self._filtered_before + self._filtered,
                 surveys=self.surveys.under_way(),
                 evaluations=self.surveys.completed,
             )
@@ -251,7 +252,7 @@ class Coordinator:
             group_ids = [waiting.group.group_id for waiting in taken]
             self._note(Took(version, group_ids))
             self._ledger.taken(version, group_ids, self._filtered)
-        self._filtered = []
+        self._filtered, self._filtered_before = [], self._filtered
         return Taken(
             groups=[waiting.group for waiting in taken],
             queue_s=[now - waiting.arrived_s for waiting in taken],
@@ -265,7 +266,7 @@ class Coordinator:
         group_ids = [*trained.group_ids, *trained.expired_ids]
         for group_id in group_ids:
             del self._taken[group_id]
-        self.version = trained.version
+        self.version, self._filtered_before = trained.version, []
         self.tickets.hold(group_ids, trained.version)
         self._ends[trained.end] += len(trained.group_ids)
         self._ends["expired"] += len(trained.expired_ids)
