@@ -4,11 +4,13 @@ A file may say `extends = "base.toml"` (relative to itself); tables merge key by
 `--a.b=c` on the command line overrides after that; the value is read as TOML and, where that fails, as a string.
 """
 
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 
 class ConfigError(ValueError):
@@ -19,6 +21,15 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The base of every table: frozen, and an unknown key is an error."""
 
 
+# What a value may be; bounds of 1e9 keep infinity out.
+Count = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0, le=1e9)]
+Unsigned = Annotated[float, Meta(ge=0, le=1e9)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Decay = Annotated[float, Meta(ge=0, lt=1)]
+Mass = Annotated[float, Meta(gt=0, le=1)]
+Text = Annotated[str, Meta(min_length=1)]
 Slot = dict[str, Any]  # {name = "...", keyword arguments of the function}: checked against its signature at launch
 
 
@@ -26,11 +37,11 @@ class Run(Struct, kw_only=True):
     name: str  # names the run directory
     directory: str = ""  # a directory of your choice; must not exist. Empty: root/name-NUMBER
     root: str = "runs"
-    seed: int = 0
-    steps: int
-    groups_per_step: int
-    group_size: int
-    max_staleness: int = 4  # in versions; 0 is the synchronous on-policy algorithm
+    seed: Natural = 0
+    steps: Count
+    groups_per_step: Count
+    group_size: Count
+    max_staleness: Natural = 4  # in versions; 0 is the synchronous on-policy algorithm
 
 
 class Tokenizer(Struct):
@@ -45,23 +56,23 @@ class Model(Struct, kw_only=True):
     init: dict[str, Any] = {}  # a new model: model_type and the other fields of its transformers config
     tokenizer: Tokenizer = Tokenizer()
     dtype: Literal["float32", "float64"] = "float32"  # of the parameters that the optimiser sees
-    context: int  # the longest sequence, prompt and answer together, in tokens
+    context: Count  # the longest sequence, prompt and answer together, in tokens
     trust_remote_code: bool = False
 
 
 class WarmStart(Struct):
     """Supervised training on (prompt, answer) pairs before the reinforcement learning; cached by content."""
 
-    steps: int = 0
-    batch_size: int = 64
-    lr: float = 1e-3
-    warmup_steps: int = 20
-    noise: float = 0.0  # share of demonstrations whose answer is another prompt's
+    steps: Natural = 0
+    batch_size: Count = 64
+    lr: Positive = 1e-3
+    warmup_steps: Natural = 20
+    noise: Share = 0.0  # share of demonstrations whose answer is another prompt's
     cache: str = "~/.cache/leeway"
 
 
 class Domain(Struct, kw_only=True):
-    name: str
+    name: Text
     source: Literal["reasoning_gym", "file", "callable"]
     task: str = ""  # reasoning_gym: the data set's name; callable: import path "package.module:function"
     path: str = ""  # file: .jsonl or .parquet with `prompt`, `answer` and any further columns
@@ -70,46 +81,46 @@ class Domain(Struct, kw_only=True):
     question: str = ""  # reasoning_gym: words the task by the item's metadata, "{word}="; empty: by its own question
     template: str = "{prompt}"  # applied to text prompts, not to chat messages
     system: str = ""  # a system message, where the tokenizer has a chat template
-    weight: float = 1.0
+    weight: Positive = 1.0
     reward: str = "exact"  # a name of rewards.TABLE or an import path
     reward_options: dict[str, Any] = {}
-    eval_prompts: int = 0  # held-out prompts
+    eval_prompts: Natural = 0  # held-out prompts
 
 
 class Generator(Struct, kw_only=True):
     engine: Literal["embedded"] = "embedded"
-    local: int = 1  # generator children of this host, where no rank has the generator role
-    slots: int = 64  # sequences decoded together
-    ahead_groups: int = 2  # groups leased beyond what the slots hold, so that no slot waits for the network
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0  # training with less than 1 is refused
-    top_k: int = 0  # training with more than 0 is refused
-    stop: list[str] = []  # further stop strings; end-of-sequence always stops
+    local: Natural = 1  # generator children of this host, where no rank has the generator role
+    slots: Count = 64  # sequences decoded together
+    ahead_groups: Natural = 2  # groups leased beyond what the slots hold, so that no slot waits for the network
+    max_new_tokens: Count
+    temperature: Positive = 1.0
+    top_p: Mass = 1.0  # training with less than 1 is refused
+    top_k: Natural = 0  # training with more than 0 is refused
+    stop: list[Text] = []  # further stop strings; end-of-sequence always stops
     kv: Literal["recompute", "keep"] = "recompute"  # the KV cache of running requests when weights change
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    threads: int = 0  # of torch; 0: the host's cores divided among its processes
-    reward_workers: int = 1
+    threads: Natural = 0  # of torch; 0: the host's cores divided among its processes
+    reward_workers: Count = 1
 
 
 class Learner(Struct, kw_only=True):
     device: str = "auto"
-    tokens_per_micro_batch: int
+    tokens_per_micro_batch: Count
     share_prefix: bool = True  # compute each group's prompt once
-    updates_per_step: int = 1  # optimiser updates a take
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    updates_per_step: Count = 1  # optimiser updates a take
+    lr: Positive
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Unsigned = 1e-8
+    weight_decay: Unsigned = 0.0
+    clip_norm: Positive = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     mixed_precision: bool = False  # bfloat16 compute on CUDA
     activation_checkpointing: bool = False
-    max_bad_updates: int = 3  # non-finite updates in a row that end the job
-    threads: int = 0
-    parity_bound: float = 1e-3  # largest mean |log-probability difference| between generator and learner at start
+    max_bad_updates: Count = 3  # non-finite updates in a row that end the job
+    threads: Natural = 0
+    parity_bound: Positive = 1e-3  # largest mean |log-probability difference| between generator and learner at start
 
 
 class Algorithm(Struct):
@@ -131,18 +142,18 @@ class Weights(Struct):
 
 
 class Checkpoint(Struct):
-    every: int = 20  # steps
-    keep: int = 2
+    every: Count = 20  # steps
+    keep: Count = 2
     export: bool = True  # Hugging Face format at the end
 
 
 class Evaluation(Struct):
-    every: int = 0  # steps; 0: only before and after
+    every: Natural = 0  # steps; 0: only before and after
     before_after: bool = True
-    samples: int = 4  # k of avg@k
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    samples: Count = 4  # k of avg@k
+    temperature: Positive = 1.0
+    top_p: Mass = 1.0
+    top_k: Natural = 0
 
 
 class Placement(Struct):
@@ -154,16 +165,16 @@ class Placement(Struct):
 class Deadlines(Struct):
     """Seconds after which a wait becomes an error that names the process and the phase."""
 
-    start_s: float = 180.0  # a process until its first message
-    heartbeat_s: float = 2.0  # a generator speaks at least this often
-    lease_s: float = 20.0  # a generator silent for so long is dead; its leases go to others
-    group_s: float = 1800.0  # a lease held for so long is taken back
-    take_s: float = 900.0  # the learner for its next groups
-    publish_s: float = 60.0  # a generator until it applied a version, or it leaves routing
-    evaluate_s: float = 1800.0
-    reward_s: float = 10.0  # one completion's reward
-    collective_s: float = 300.0
-    stop_s: float = 8.0  # everything, when asked to stop
+    start_s: Positive = 180.0  # a process until its first message
+    heartbeat_s: Positive = 2.0  # a generator speaks at least this often
+    lease_s: Positive = 20.0  # a generator silent for so long is dead; its leases go to others
+    group_s: Positive = 1800.0  # a lease held for so long is taken back
+    take_s: Positive = 900.0  # the learner for its next groups
+    publish_s: Positive = 60.0  # a generator until it applied a version, or it leaves routing
+    evaluate_s: Positive = 1800.0
+    reward_s: Positive = 10.0  # one completion's reward
+    collective_s: Positive = 300.0
+    stop_s: Positive = 8.0  # everything, when asked to stop
 
 
 class Tracking(Struct):
@@ -274,41 +285,32 @@ def parse(table: dict[str, Any]) -> Config:
 
 
 def _explain(message: str, table: dict[str, Any]) -> str:
-    """msgspec's "... - at `$.run.steps`" as "run.steps = 'x': ..."."""
+    """msgspec's "... - at `$.run.steps`" as "run.steps = 'x': ...", with what is allowed."""
     text, _, where = message.partition(" - at `$")
-    keys = where.rstrip("`").lstrip(".").replace("[", ".").replace("]", "").split(".") if where else []
-    value: Any = table
+    keys = re.findall(r"[^.`\[\]]+", where)
+    lacking = re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", text)
+    field = ".".join([*keys, *lacking.groups()[1:]] if lacking else keys)
+    kind, value = _find(Config, table, keys)
+    if lacking and lacking[1] == "missing required":
+        return f"{field}: is required"
+    if lacking:
+        return f"{field} = {value[lacking[2]]!r}: unknown; allowed are {', '.join(kind.__struct_fields__)}"
+    if get_origin(kind) is Literal:
+        return f"{field} = {value!r}: allowed are {', '.join(get_args(kind))}"
+    return f"{field} = {value!r}: {text.replace('`', chr(39))}"
+
+
+def _find(kind: Any, value: Any, keys: list[str]) -> tuple[Any, Any]:
+    """The type and the value at `keys` below `kind` and `value`."""
     for key in keys:
-        inside = value[int(key)] if isinstance(value, list) and key.isdigit() else value
-        value = inside.get(key) if isinstance(inside, dict) and key in inside else inside
-    field = ".".join(keys)
-    shown = f"{field} = {value!r}: " if keys and not isinstance(value, dict | list) else f"{field}: " if keys else ""
-    return shown + text.replace("Object", field or "the file").replace("`", "'")
+        inside = isinstance(value, list)
+        kind = get_args(kind)[0] if inside else get_type_hints(kind, include_extras=True)[key]
+        value = value[int(key)] if inside else value[key]
+    return kind, value
 
 
 def check(config: Config) -> None:
     """What a type cannot say. Raises `ConfigError`."""
-    positive = {
-        "run.steps": config.run.steps,
-        "run.groups_per_step": config.run.groups_per_step,
-        "run.group_size": config.run.group_size,
-        "model.context": config.model.context,
-        "generator.slots": config.generator.slots,
-        "generator.max_new_tokens": config.generator.max_new_tokens,
-        "generator.temperature": config.generator.temperature,
-        "learner.tokens_per_micro_batch": config.learner.tokens_per_micro_batch,
-        "learner.updates_per_step": config.learner.updates_per_step,
-        "learner.lr": config.learner.lr,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "evaluation.samples": config.evaluation.samples,
-        **{f"deadlines.{name}": value for name, value in msgspec.structs.asdict(config.deadlines).items()},
-    }
-    for field, value in positive.items():
-        if not value > 0:
-            raise ConfigError(f"{field} = {value}: must be greater than 0")
-    if config.run.max_staleness < 0:
-        raise ConfigError(f"run.max_staleness = {config.run.max_staleness}: must be 0 or greater")
     if config.generator.top_p != 1.0 or config.generator.top_k != 0:
         raise ConfigError(
             f"generator.top_p = {config.generator.top_p}, generator.top_k = {config.generator.top_k}: training needs "
@@ -323,8 +325,13 @@ def check(config: Config) -> None:
         if names.count(name) > 1:
             raise ConfigError(f"domains: the name {name!r} stands twice")
     for number, domain in enumerate(config.domains):
-        if not domain.weight > 0:
-            raise ConfigError(f"domains.{number}.weight = {domain.weight}: must be greater than 0")
+        if domain.eval_path and domain.source != "file":
+            raise ConfigError(f"domains.{number}.eval_path = {domain.eval_path!r}: only where source = 'file'")
+    if config.learner.updates_per_step > config.run.groups_per_step:
+        raise ConfigError(
+            f"learner.updates_per_step = {config.learner.updates_per_step}: must be at most run.groups_per_step = "
+            f"{config.run.groups_per_step}"
+        )
     longest = config.model.context
     if config.learner.tokens_per_micro_batch < longest:
         raise ConfigError(
