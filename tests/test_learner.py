@@ -97,6 +97,18 @@ def test_step_moves_every_parameter_and_the_counters(tmp_path: Path) -> None:
     assert metrics["lr"] == 0.01 and metrics["skipped_updates"] == 0
 
 
+def test_a_checkpoint_before_the_first_step_leaves_no_trace(tmp_path: Path) -> None:
+    config = learning.configure()
+    stepped = []
+    for saves in (False, True):
+        learner = learning.learner(config, tmp_path)
+        if saves:
+            learner.state()
+        learner.step(learning.take(config, learning.groups(2)))
+        stepped.append(learning.parameters(learner))
+    assert learning.largest_difference(*stepped) == 0.0
+
+
 def test_clipping_scales_the_gradient_to_the_norm(tmp_path: Path) -> None:
     free = gradients(stepped(tmp_path))
     clipped = gradients(stepped(tmp_path, "learner.clip_norm=0.001"))
