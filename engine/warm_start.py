@@ -34,7 +34,7 @@ def warm_start(
     say: Callable[[str], None] = print,
 ) -> None:
     """Trains `policy` in place by cross-entropy on the answers of `warm_start.steps` batches of training prompts,
-    learning rate linear up and then down; or loads what an equal call trained before.
+    learning rate rising linearly and then constant; or loads what an equal call trained before.
 
     A share `warm_start.noise` of the demonstrations carries the answer of another prompt. The held-out prompts are
     never among them.
@@ -73,14 +73,12 @@ def _demonstrated(config: Config) -> Config:
 
 def _train(config: Config, policy: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Prompts) -> float:
     settings = config.warm_start
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     random = np.random.default_rng(config.run.seed)
     policy.train()
     last = 0.0
     for step in range(settings.steps):
-        rising = (step + 1) / max(1, settings.warmup_steps)
-        falling = (settings.steps - step) / max(1, settings.steps - settings.warmup_steps)
-        optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, rising, falling)
+        optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup_steps))
         pairs = [_demonstration(tokenizer, prompts) for _ in range(settings.batch_size)]
         loss = _loss(policy, _noisy(pairs, settings.noise, random))
         loss.backward()
