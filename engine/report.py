@@ -1,138 +1,175 @@
 """python -m engine.report RUN [--out DIR]: what any run, past or going on, has to tell."""
 
 import argparse
+import contextlib
 import json
 import sqlite3
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from engine.curves import PHASES, Row, domains, draw, other_s
+from engine.metrics import bottleneck
 from engine.run_directory import RunDirectory
 
-# One panel a row: title, the figures drawn in it, the label of its axis.
-PANELS = (
-    ("Reward and accuracy of rollouts", ("reward", "accuracy"), "mean"),
-    ("Held-out accuracy (avg@k, one standard error)", (), "share solved"),
-    ("Staleness of tokens", ("staleness", "staleness_in_flight", "staleness_in_queue", "staleness_max"), "versions"),
-    ("Speed", ("generated_tokens_per_s", "trained_tokens_per_s"), "tokens/s"),
-    ("Idle share", ("learner_idle", "generator_idle"), "share of time"),
-    ("Effective sample size", ("effective_sample_size",), "share of tokens"),
-    ("Behaviour and policy apart", ("drift", "kl", "clipped", "rejected"), "nats or share"),
-    ("Length of completions", ("length", "length_max"), "tokens"),
-)
+NUM_SLOWEST = 3  # steps shown
+WIDTH = 110  # where the output is no terminal
+
+ENDS = "SELECT state, coalesce(reason, ''), count(*) FROM groups GROUP BY 1, 2 ORDER BY 3 DESC"
+STAGES = {
+    "sampled and scored": "arrived - leased",
+    "waiting to be taken": "taken - arrived",
+    "trained": "ended - taken",
+}
 
 
-def records(run: RunDirectory) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a torn last line (the job was killed) is left out. A resume undoes the rows beyond
-    its checkpoint: of two rows of one kind, name and step the later one counts."""
-    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for text in run.metrics.read_text().splitlines():
+def records(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl` that count, in their order.
+
+    A torn last line (the job was killed) is left out. A resume undoes what came after its checkpoint: a step undoes
+    the earlier rows that are not of an earlier step.
+    """
+    rows: list[Row] = []
+    highest = -1  # step among `rows`
+    for text in path.read_text().splitlines():
         try:
             row = json.loads(text)
         except json.JSONDecodeError:
             continue
-        latest[row["kind"], row.get("name"), row["step"]] = row
-    return sorted(latest.values(), key=lambda row: row["step"])
+        if row["kind"] == "step" and row["step"] <= highest:
+            rows = [earlier for earlier in rows if earlier["step"] < row["step"]]
+            highest = row["step"]
+        highest = max(highest, row["step"])
+        rows.append(row)
+    return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The curves of a run as one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [row for row in rows if row["kind"] == "step"]
-    evaluations = [row for row in rows if row["kind"] == "evaluation"]
-    figure, axes = pyplot.subplots(len(PANELS) // 2, 2, figsize=(13, 3.2 * len(PANELS) / 2), layout="constrained")
-    for axis, (title, names, label) in zip(axes.flat, PANELS, strict=True):
-        for name in names:
-            present = [(row["step"], row[name]) for row in steps if name in row]
-            if present:
-                axis.plot(*zip(*present, strict=True), label=name.replace("_", " "), linewidth=1.2)
-        if not names:
-            _draw_evaluations(axis, evaluations)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("version")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+# ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def _draw_evaluations(axis: Any, evaluations: list[dict[str, Any]]) -> None:
-    domains = sorted({key.partition("/")[2] for row in evaluations for key in row if key.startswith("accuracy/")})
-    for domain in domains:
-        points = [(row["last_version"], row[f"accuracy/{domain}"], row[f"stderr/{domain}"]) for row in evaluations]
-        versions, values, errors = zip(*sorted(points), strict=True)
-        axis.errorbar(versions, values, yerr=errors, label=domain, marker="o", markersize=3, linewidth=1.2, capsize=2)
-
-
-def ends(run: RunDirectory) -> list[tuple[str, str, int]]:
-    """(end, reason, number of groups) from the ledger."""
-    with sqlite3.connect(f"file:{run.ledger}?mode=ro", uri=True) as ledger:
-        return ledger.execute(
-            "SELECT state, coalesce(reason, ''), count(*) FROM groups GROUP BY 1, 2 ORDER BY 3 DESC"
-        ).fetchall()
-
-
-def table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Table:
-    made = Table(title=title, title_justify="left")
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right")
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         made.add_row(*map(str, row))
     return made
 
 
-def phases(steps: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+def groups_by_end(ledger: sqlite3.Connection) -> Table:
+    return table("Groups by end", ("end or state", "reason", "groups"), ledger.execute(ENDS))
+
+
+def groups_by_stage(ledger: sqlite3.Connection) -> Table:
+    """How long groups took over each stage of their life."""
+    rows = []
+    for name, span in STAGES.items():
+        query = f"SELECT count(*), avg({span}), max({span}) FROM groups WHERE {span} IS NOT NULL"
+        count, mean_s, longest_s = ledger.execute(query).fetchone()
+        if count:
+            rows.append((name, count, f"{mean_s:.2f}", f"{longest_s:.2f}"))
+    return table("A group's life", ("stage", "groups", "mean s", "longest s"), rows)
+
+
+def evaluated(evaluations: list[Row]) -> Table:
+    names = domains(evaluations)
+    rows = []
+    for row in evaluations:
+        first, last = row["first_version"], row["last_version"]
+        scores = [f"{percent(row.get(f'accuracy/{each}'))} ± {percent(row.get(f'stderr/{each}'))}" for each in names]
+        rows.append((row["name"], first if first == last else f"{first} to {last}", *scores))
+    return table("Held-out accuracy, avg@k ± one standard error", ("evaluation", "versions", *names), rows)
+
+
+def learner_time(steps: list[Row]) -> Table:
     """Where the learner's time went, longest first."""
-    totals = {
-        "waiting for groups": sum(row["wait_s"] for row in steps),
-        "training": sum(row["train_s"] for row in steps),
-        "publishing weights": sum(row["publish_s"] for row in steps),
-    }
-    whole = sum(row["step_s"] for row in steps)
-    totals["checkpoints, evaluation, metrics"] = max(0.0, whole - sum(totals.values()))
-    ordered = sorted(totals.items(), key=lambda item: -item[1])
-    return [(name, f"{seconds:.1f}", f"{seconds / whole:.0%}" if whole else "") for name, seconds in ordered]
+    whole_s = sum(row["step_s"] for row in steps)
+    spent: dict[str, float] = {name: sum(row[key] for row in steps) for key, name in PHASES.items() if key != "other_s"}
+    spent["checkpoints, metrics"] = sum(other_s(row) for row in steps)
+    longest = sorted(spent.items(), key=lambda item: -item[1])
+    rows = [(name, f"{seconds:.1f}", percent(seconds / whole_s if whole_s else None)) for name, seconds in longest]
+    return table(f"The learner's {whole_s:.0f} s", ("phase", "seconds", "share"), rows)
+
+
+def slowest_steps(steps: list[Row]) -> Table:
+    slowest = sorted(steps, key=lambda row: -row["step_s"])[:NUM_SLOWEST]
+    rows = [
+        (row["step"], *(f"{row[key]:.2f}" for key in ("step_s", "wait_s", "train_s", "publish_s"))) for row in slowest
+    ]
+    return table("Slowest steps, seconds", ("step", "whole", "waiting", "training", "publishing"), rows)
+
+
+def flat(summary: Row, prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, text) of every figure in a nested summary."""
+    rows: list[tuple[str, str]] = []
+    for name, value in summary.items():
+        dotted = prefix + name
+        if isinstance(value, dict):
+            rows += flat(value, f"{dotted}.")
+        elif dotted.startswith(("accuracy", "domains.")) or name.endswith("_idle"):
+            rows.append((dotted, percent(value)))
+        else:
+            rows.append((dotted, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"))
+    return rows
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def verdict(steps: list[Row]) -> str:
+    """The bottleneck of the run as a whole."""
+    whole_s = sum(row["step_s"] for row in steps) or 1.0
+    learner_idle = sum(row["wait_s"] for row in steps) / whole_s
+    generator_idle = sum(row["generator_idle"] * row["step_s"] for row in steps) / whole_s
+    shares = f"learner {percent(learner_idle)}, generators {percent(generator_idle)}"
+    return f"idle: {shares}: {bottleneck(learner_idle, generator_idle)}"
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def report(run: RunDirectory, out: Path, console: Console) -> None:
+    """Prints the tables of `run` and draws its curves in `out`. Raises `sqlite3.DatabaseError` for a broken ledger."""
+    rows = records(run.metrics)
+    steps = [row for row in rows if row["kind"] == "step"]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    with contextlib.closing(sqlite3.connect(f"{run.ledger.as_uri()}?mode=ro", uri=True)) as ledger:
+        console.print(groups_by_end(ledger), groups_by_stage(ledger))
+    if evaluations:
+        console.print(evaluated(evaluations))
+    if steps:
+        console.print(learner_time(steps), slowest_steps(steps), verdict(steps))
+        out.mkdir(parents=True, exist_ok=True)
+        draw(steps, evaluations, run.name, out / "curves.png")
+    if run.summary.exists():
+        summary = json.loads(run.summary.read_text())
+        console.print(table("Summary", ("figure", "value"), flat(summary)))
+    console.print(f"curves: {out / 'curves.png'}" if steps else "no step was finished yet", soft_wrap=True)
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m engine.report", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, help="where the PNG goes; default: RUN/report")
+    parser.add_argument("--out", type=Path, help="where curves.png goes; default: RUN/report")
     arguments = parser.parse_args(argv)
     run = RunDirectory(arguments.run)
-    if not run.metrics.exists() or not run.ledger.exists():
-        print(f"leeway: {arguments.run}: no run directory (metrics.jsonl and ledger.db are needed)", file=sys.stderr)
+    missing = [path.name for path in (run.metrics, run.ledger) if not path.exists()]
+    if missing:
+        print(f"leeway: {arguments.run}: no run directory (it has no {' and no '.join(missing)})", file=sys.stderr)
         return 2
-    console, rows = Console(), records(run)
-    steps = [row for row in rows if row["kind"] == "step"]
-    console.print(table("Groups by end", ("end", "reason", "groups"), ends(run)))
-    for row in (row for row in rows if row["kind"] == "evaluation"):
-        scores = [
-            (name, f"{row[f'accuracy/{name}']:.1%}", f"{row[f'stderr/{name}']:.1%}", row[f"num_completions/{name}"])
-            for name in sorted(key.partition("/")[2] for key in row if key.startswith("accuracy/"))
-        ]
-        span = f"versions {row['first_version']} to {row['last_version']}"
-        columns = ("domain", "avg@k", "stderr", "completions")
-        console.print(table(f"Evaluation {row['name']!r}, {span}", columns, scores))
-    if steps:
-        console.print(table("The learner's time", ("phase", "seconds", "share"), phases(steps)))
-        console.print(f"bottleneck: {steps[-1]['bottleneck']}")
-        out = arguments.out or run.path / "report"
-        out.mkdir(parents=True, exist_ok=True)
-        draw(rows, out / "curves.png")
-        console.print(f"curves: {out / 'curves.png'}", soft_wrap=True)
-    if run.summary.exists():
-        summary = json.loads(run.summary.read_text())
-        console.print(table("Summary", ("figure", "value"), [(k, v) for k, v in summary.items()]))
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    try:
+        report(run, arguments.out or run.path / "report", console)
+    except (sqlite3.DatabaseError, OSError) as error:
+        print(f"leeway: {arguments.run}: cannot be read: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
