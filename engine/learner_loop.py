@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import checkpoint, metrics
-from engine.algorithms.method import compose
+from engine import checkpoint, metrics, parallel
+from engine.algorithms.method import Method, compose
 from engine.config import Config
 from engine.credit import advantages
 from engine.learner import Learner
-from engine.packer import pack
+from engine.packer import Update, pack
 from engine.placement import Seat
 from engine.policy import named_tensors
 from engine.process import StopSignal, Supervisor
@@ -23,7 +23,7 @@ from engine.progress import Progress
 from engine.rollouts import Rollouts
 from engine.run_directory import RunDirectory
 from engine.schema import Evaluation, Group, State, Taken, Trained
-from engine.scores import shape_by
+from engine.scores import Shape, shape_by
 from engine.weights import Manifest, Publisher
 
 
@@ -95,16 +95,7 @@ class Job:
     def step(self, taken: Taken) -> dict[str, Any]:
         """One take becomes one version."""
         config, version = self.config, self.learner.version
-        updates = pack(
-            taken.groups,
-            advantages(self.method, self.shape, taken.groups),
-            version=version,
-            max_staleness=config.run.max_staleness,
-            num_ranks=self.seat.num_learners,
-            budget=config.learner.tokens_per_micro_batch,
-            share_prefix=config.learner.share_prefix,
-            num_updates=config.learner.updates_per_step,
-        )
+        updates = prepare(config, self.method, self.shape, taken.groups, version)
         report = self.learner.step(updates)
         skipped = report["skipped_updates"] == len(updates)
         end, reason = ("failed", "non-finite update") if skipped else ("trained", "")
@@ -235,6 +226,20 @@ class Job:
             self.recorder.close()
         if self.progress is not None:
             self.progress.close()
+
+
+def prepare(config: Config, method: Method, shape: Shape, groups: list[Group], version: int) -> list[Update]:
+    """What the learner at `version` makes of the groups of one take."""
+    return pack(
+        groups,
+        advantages(method, shape, groups),
+        version=version,
+        max_staleness=config.run.max_staleness,
+        num_ranks=parallel.num_ranks(),
+        budget=config.learner.tokens_per_micro_batch,
+        share_prefix=config.learner.share_prefix,
+        num_updates=config.learner.updates_per_step,
+    )
 
 
 def trained_staleness(groups: list[Group], version: int, config: Config) -> int:

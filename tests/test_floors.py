@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Top to bottom. A package stands for all its modules; nothing imports the first floor.
 FLOORS = [
-    {"engine.launch", "engine.report"},
+    {"engine.launch", "engine.report", "engine.audit", "engine.replay"},
     {"engine.learner_loop", "engine.actor_loop", "engine.coordinator_loop"},
     {
         "engine.coordinator",
@@ -33,6 +33,7 @@ FLOORS = [
         "engine.generators",
         "engine.scorer",
         "engine.stream",
+        "engine.history",
         "engine.buffer",
         "engine.evaluation",
         "engine.credit",
@@ -42,6 +43,7 @@ FLOORS = [
         "engine.policy",
         "engine.weights",
         "engine.metrics",
+        "engine.curves",
         "engine.progress",
         "engine.placement",
     },
@@ -51,6 +53,11 @@ FLOORS = [
 ]
 
 TORCH_FREE = {
+    "engine.metrics",
+    "engine.curves",
+    "engine.progress",
+    "engine.report",
+    "engine.scores",
     "engine.config",
     "engine.schema",
     "engine.prompts",
@@ -61,6 +68,8 @@ TORCH_FREE = {
     "engine.ledger",
     "engine.run_directory",
     "engine.stream",
+    "engine.history",
+    "engine.audit",
     "engine.buffer",
     "engine.evaluation",
     "engine.coordinator",
