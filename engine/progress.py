@@ -1,6 +1,7 @@
 """What the user sees while a job runs: a live table on a terminal, one line every few seconds elsewhere."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -12,16 +13,26 @@ LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """The job's face. `phase` says what goes on now, `step` shows the figures of the last step."""
+    """The job's face: `phase` says what goes on now, `step` shows the figures of the last step, `say` a line that
+    stays. `console` is standard output by default; `clock` counts seconds."""
 
-    def __init__(self, name: str, num_steps: int, *, live: bool):
-        self._console = Console()
+    def __init__(
+        self,
+        name: str,
+        num_steps: int,
+        *,
+        live: bool,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._console = Console() if console is None else console
+        self._clock = clock
         self._name, self._num_steps = name, num_steps
+        self._phase = self._accuracy = ""
         self._record: dict[str, Any] = {}
-        self._accuracy = ""
-        self._phase = ""
-        self._started = self._printed = time.monotonic()
         self._first_step = 0
+        self._started_s = clock()
+        self._next_line_s = self._started_s
         self._live = Live(console=self._console, refresh_per_second=4) if live and self._console.is_terminal else None
         if self._live:
             self._live.start()
@@ -29,73 +40,77 @@ class Progress:
     def phase(self, text: str) -> None:
         self._phase = text
         if self._live:
-            self._live.update(self._table())
+            self._live.update(self.table())
         else:
-            self._console.print(f"leeway: {text}", highlight=False)
+            self.say(f"leeway: {text}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def accuracy(self, text: str) -> None:
+        """The newest evaluation."""
         self._accuracy = text
         self.say(text)
 
     def begin(self, step: int) -> None:
-        """The steps start at `step`."""
-        self._first_step, self._started = step, time.monotonic()
+        """The steps after `step` start now."""
+        self._first_step, self._started_s = step, self._clock()
+        self._next_line_s = self._started_s
         self._phase = "training"
 
     def step(self, record: dict[str, Any]) -> None:
+        """The last step as a row of kind `step`, see `engine.metrics`."""
         self._record = record
-        now = time.monotonic()
         if self._live:
-            self._live.update(self._table())
-        elif now - self._printed > LINE_EVERY_S or record["step"] == self._num_steps:
-            self._printed = now
-            self._console.print(line(record, self._num_steps), highlight=False)
+            self._live.update(self.table())
+        elif self._clock() >= self._next_line_s or record["step"] == self._num_steps:
+            self._next_line_s = self._clock() + LINE_EVERY_S
+            self.say("  ".join([f"step {record['step']}/{self._num_steps}", *self.figures().values()]))
 
     def close(self) -> None:
+        """Safe to call twice."""
         if self._live:
             self._live.stop()
             self._live = None
 
-    def _left_s(self) -> float:
-        done = self._record.get("step", 0) - self._first_step
-        spent = time.monotonic() - self._started
-        return spent / done * (self._num_steps - self._record["step"]) if done > 0 else 0.0
-
-    def _table(self) -> Table:
-        record = self._record
+    def table(self) -> Table:
+        """The whole as the live display shows it."""
+        step = self._record.get("step", self._first_step)
         table = Table(title=f"{self._name}: {self._phase}", show_header=False, box=None, title_justify="left")
-        step = record.get("step", 0)
-        table.add_row("step", ProgressBar(self._num_steps, step, width=40), f"{step}/{self._num_steps}")
-        if record:
-            table.add_row("reward", f"{record['reward']:.3f}", f"accuracy {record['accuracy']:.1%}")
-            table.add_row(
-                "staleness",
-                f"{record['staleness']:.2f} mean, {record['staleness_max']} max",
-                f"in flight {record['staleness_in_flight']:.2f}, in queue {record['staleness_in_queue']:.2f}",
-            )
-            table.add_row(
-                "tokens/s",
-                f"generated {record['generated_tokens_per_s']:,.0f}",
-                f"trained {record['trained_tokens_per_s']:,.0f}",
-            )
-            table.add_row(
-                "idle", f"generators {record['generator_idle']:.0%}", f"learner {record['learner_idle']:.0%}"
-            )
-            table.add_row("bottleneck", record["bottleneck"], f"{self._left_s():.0f} s left")
+        table.add_column(style="dim")
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(self._num_steps, step, width=40), f"{step}/{self._num_steps}")
+        table.add_row("step", bar)
+        if self._record:
+            for name, text in self.figures().items():
+                table.add_row(name, text.removeprefix(f"{name} "))
+            table.add_row("bottleneck", self._record["bottleneck"])
         if self._accuracy:
-            table.add_row("evaluation", self._accuracy, "")
+            table.add_row("held out", self._accuracy)
         return table
 
+    def figures(self) -> dict[str, str]:
+        """The last step's figures in words, by what they are of."""
+        row = self._record
+        return {
+            "reward": f"reward {row['reward']:.3f}",
+            "accuracy": f"accuracy {row['accuracy']:.1%}",
+            "staleness": f"staleness {row['staleness']:.2f} (in flight {row['staleness_in_flight']:.2f}, in queue "
+            f"{row['staleness_in_queue']:.2f}, max {row['staleness_max']})",
+            "tokens/s": f"tokens/s {row['generated_tokens_per_s']:,.0f} generated, "
+            f"{row['trained_tokens_per_s']:,.0f} trained",
+            "idle": f"idle {row['generator_idle']:.0%} generators, {row['learner_idle']:.0%} learner",
+            "left": f"left {duration(self._left_s())}",
+        }
 
-def line(record: dict[str, Any], num_steps: int) -> str:
-    """One step in one line."""
-    return (
-        f"step {record['step']}/{num_steps}  reward {record['reward']:.3f}  accuracy {record['accuracy']:.1%}  "
-        f"staleness {record['staleness']:.2f} (max {record['staleness_max']})  "
-        f"tokens/s {record['generated_tokens_per_s']:,.0f} generated, {record['trained_tokens_per_s']:,.0f} trained  "
-        f"idle {record['generator_idle']:.0%} generators, {record['learner_idle']:.0%} learner"
-    )
+    def _left_s(self) -> float:
+        """Seconds that the steps to come take at the pace of those since `begin`."""
+        done = self._record["step"] - self._first_step
+        return (self._clock() - self._started_s) / done * (self._num_steps - self._record["step"])
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{round(seconds)} s"

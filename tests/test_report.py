@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import fake_run
-import numpy as np
 import pytest
 
 from engine import curves
@@ -227,4 +226,5 @@ def test_heat_map_holds_the_share_of_each_age() -> None:
     steps = [step(1, staleness_histogram=[3]), step(2, staleness_histogram=[1, 0, 3])]
     curves.staleness_histogram(axis, steps, [])
     (mesh, *_) = axis.collections
-    assert np.ma.filled(mesh.get_array(), 0.0).tolist() == [[1.0, 0.25], [0.0, 0.0], [0.0, 0.75]]
+    shares: Any = mesh.get_array()
+    assert shares.filled(0.0).tolist() == [[1.0, 0.25], [0.0, 0.0], [0.0, 0.75]]
