@@ -13,6 +13,7 @@ if __name__ == "__main__":
     sys.path.append(os.getcwd())  # the user's own rewards and data
 
 import argparse
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -26,7 +27,7 @@ from engine.config import Config, ConfigError, Model, load
 from engine.learner_loop import Job, Mismatch, learn
 from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
-from engine.placement import Seat, join_learners, rendezvous, seat
+from engine.placement import Seat, check_devices, join_learners, rendezvous, seat
 from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, die_with_parent
 from engine.prompts import Prompts
 from engine.run_directory import RunDirectory, check_creatable, check_port, check_resumable, create, reopen
@@ -37,22 +38,27 @@ from engine.stream import Silence
 RUN_KEY, ADDRESS_KEY = "leeway/run", "leeway/address"  # in the ranks' store
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are mistakes like any other: one line, told by `main`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="launch.py", description="Asynchronous off-policy reinforcement learning.")
+    parser = Parser(
+        prog="launch.py", description="Asynchronous off-policy reinforcement learning.", allow_abbrev=False
+    )
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue a run from its last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    arguments, overrides = parser.parse_known_args(argv)
-    for text in overrides:
-        if not text.startswith("--") or "=" not in text:
-            parser.error(f"{text}: an override is --table.key=value")
-    return arguments, overrides
+    return parser.parse_known_args(argv)
 
 
 def main(argv: list[str]) -> int:
-    arguments, overrides = parse_arguments(argv)
     lead = int(os.environ.get("RANK", 0)) == 0
     try:
+        arguments, overrides = parse_arguments(argv)
         config = load(arguments.config, overrides)
         place = seat(config)
         if lead:
@@ -87,6 +93,7 @@ def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> 
     check_tracking(config)
     tokens = tokenizer.load(config.model)
     prompts = Prompts(config, tokens)
+    check_devices(config, place)
     check_port(config)
     if resume is None:
         check_creatable(config)

@@ -64,6 +64,19 @@ def seat(config: Config, environ: Mapping[str, str] = os.environ) -> Seat:
     )
 
 
+def check_devices(config: Config, seat: Seat) -> None:
+    """Raises `ConfigError` for a device that this host, `seat`'s, does not have."""
+    devices = {"learner.device": seat.device}
+    if seat.num_children and config.generator.device != "auto":
+        devices["generator.device"] = config.generator.device
+    for field, device in devices.items():
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"{field} = {device!r}: must be auto, cpu or cuda:NUMBER; {reason}") from error
+
+
 def rendezvous(seat: Seat, timeout_s: float) -> dist.Store | None:
     """The key-value store of the job's ranks, torchrun's own where it offers it; None with one rank."""
     if seat.world_size == 1:

@@ -182,19 +182,19 @@ def open_task(field: str, domain: Domain, mould: Mould, seed: int) -> Source:
         if key in domain.options:
             raise ConfigError(f"{field}.options.{key} = {domain.options[key]!r}: not allowed, run.seed decides")
 
-    def draw(seed: int, index: int) -> Row:
+    def name(seed: int, index: int) -> Row:
         chunk, place = divmod(index, CHUNK)
-        named = {
-            "task": domain.task,
-            "options": {**domain.options, "seed": derive(seed, chunk), "size": CHUNK},
-            "index": place,
-        }
+        options = {**domain.options, "seed": derive(seed, chunk), "size": CHUNK}
+        return {"task": domain.task, "options": options, "index": place}
+
+    def draw(seed: int, index: int) -> Row:
+        named = name(seed, index)
         item = entry(**named)
         answer = item["answer"]  # None where a task accepts many
         prompt = domain.question.format_map(item["metadata"]) if domain.question else item["question"]
         return {"prompt": prompt, "answer": "" if answer is None else str(answer), **named}
 
-    _try(f"{field}.options = {domain.options!r}", draw)
+    _try(f"{field}.options = {domain.options!r}", lambda seed, index: entry(**name(seed, index)))
     _try(f"{field}.question = {domain.question!r}", draw)
     return Generated(f"{field}.task = {domain.task!r}", draw, mould, seed)
 
