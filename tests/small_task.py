@@ -1,0 +1,12 @@
+"""The domain of tests/small.toml: prompts without an end, and rewards that differ within almost every group."""
+
+from typing import Any
+
+
+def draw(seed: int, index: int) -> dict[str, str]:
+    return {"prompt": f"{(seed + 7919 * index) % 100000:05d}=", "answer": str(index % 10)}
+
+
+def reward(prompt: str, completion: str, answer: str, **fields: Any) -> float:
+    """The share of the completion's characters that are small letters; 1 also where it is empty."""
+    return sum(character.islower() for character in completion) / len(completion) if completion else 1.0
