@@ -5,14 +5,15 @@ The reference for `max_staleness = 0`: nothing here knows of tickets, buffer, st
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from engine import tokenizer as tokenizers
 from engine.algorithms.method import compose
 from engine.config import Config
 from engine.credit import advantages
+from engine.generators.base import Sampled
 from engine.generators.table import GENERATORS
 from engine.learner import Learner
 from engine.model import build, describe
@@ -20,6 +21,7 @@ from engine.packer import pack
 from engine.prompts import Prompts
 from engine.schema import Group, Lease, Prompt, Sampling
 from engine.scores import shape_by
+from rewards.table import Reward, resolve
 from rewards.verdict import Verdict
 
 
@@ -37,6 +39,7 @@ def train(config: Config, directory: Path) -> dict[str, torch.Tensor]:
     files = {**tokenizers.files(tokenizer), **describe(policy)}
     generator = GENERATORS[config.generator.engine](config, files, tokenizer)
     method, shape = compose(config.algorithm), shape_by(config.algorithm)
+    rewards = {domain.name: resolve(domain.reward, domain.reward_options) for domain in config.domains}
     learner = Learner(config, policy, method, device="cpu", directory=directory)
     number = 0
     for version in range(config.run.steps):
@@ -50,7 +53,7 @@ def train(config: Config, directory: Path) -> dict[str, torch.Tensor]:
         groups = {}
         while len(groups) < len(leases):
             for sampled in generator.poll(0.0):
-                groups[sampled.lease.group_id] = scored(sampled, tokenizer)
+                groups[sampled.lease.group_id] = scored(sampled, tokenizer, rewards)
         ordered = [groups[lease.group_id] for lease in leases]
         learner.step(
             pack(
@@ -73,14 +76,14 @@ def lease(config: Config, number: int, version: int, prompt: Prompt) -> Lease:
     return Lease("train", number, 0, version, config.run.seed, config.run.group_size, prompt, sampling)
 
 
-def scored(sampled, tokenizer) -> Group:
-    """Judged by exact match, without the reward's worker processes."""
-    ends = np.cumsum(sampled.lengths)
+def scored(sampled: Sampled, tokenizer: PreTrainedTokenizerBase, rewards: dict[str, Reward]) -> Group:
+    """Judged here and now, without the reward's worker processes."""
+    prompt, ends = sampled.lease.prompt, np.cumsum(sampled.lengths)
     texts = [
-        tokenizers.decode(tokenizer, sampled.token_ids[end - n : end])
-        for end, n in zip(ends, sampled.lengths, strict=True)
+        tokenizers.decode(tokenizer, sampled.token_ids[end - length : end])
+        for end, length in zip(ends, sampled.lengths, strict=True)
     ]
-    prompt = sampled.lease.prompt
+    reward = rewards[prompt.domain]
     fields = {name: getattr(sampled, name) for name in ("lengths", "finish", "token_ids", "logprobs", "versions")}
     return Group(
         kind="train",
@@ -92,11 +95,7 @@ def scored(sampled, tokenizer) -> Group:
         lease_version=sampled.lease.version,
         temperature=sampled.lease.sampling.temperature,
         prompt_ids=prompt.token_ids,
-        verdicts=[Verdict.of(float(text.strip() == prompt.answer.strip())) for text in texts],
+        verdicts=[Verdict.of(reward(prompt.text, text, prompt.answer, **prompt.fields)) for text in texts],
         loss_mask=np.ones(len(sampled.token_ids), np.uint8),
         **fields,
     )
-
-
-def with_steps(config: Config, steps: int) -> Config:
-    return msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, steps=steps))
