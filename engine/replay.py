@@ -86,7 +86,7 @@ def digest(learner: Learner, dtype: torch.dtype) -> str:
     views = manifest.views(payload)
     for name, tensor in learner.weights():
         views[name].copy_(tensor)
-    return xxhash.xxh3_64_hexdigest(payload.numpy())
+    return xxhash.xxh3_64_hexdigest(payload.numpy().data)
 
 
 def replay(run: RunDirectory, place: Seat, num_steps: int | None = None) -> tuple[int, str]:
