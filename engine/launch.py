@@ -46,9 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(
-        prog="launch.py", description="Asynchronous off-policy reinforcement learning.", allow_abbrev=False
-    )
+    parser = Parser(prog="launch.py", description="Asynchronous off-policy reinforcement learning.", allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue a run from its last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
@@ -83,6 +81,10 @@ def main(argv: list[str]) -> int:
     except (ProcessDied, Silence, Mismatch) as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 1
+    except Stopped as error:
+        if lead:
+            print(f"leeway: {error}", file=sys.stderr)
+        return 130
 
 
 def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> None:
@@ -143,11 +145,11 @@ def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | No
     try:
         if store is not None and job.lead:
             store.set(ADDRESS_KEY, job.rollouts.address)
+        job.say(f"other generators join by python -m engine.actor_loop --join {job.rollouts.address}")
         learn(job)
         job.finish()
-    except Stopped:
-        job.say(f"stopped at version {job.learner.version}; continue with --resume {run.path}")
-        return 130
+    except Stopped as error:
+        raise Stopped(f"{error} at version {job.learner.version}; continue with --resume {run.path}") from error
     finally:
         job.close()
     if dist.is_initialized():

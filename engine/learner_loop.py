@@ -171,6 +171,8 @@ class Job:
         if self.config.checkpoint.export:
             checkpoint.export(self.learner, self.run.model, self.run.export)
         if state is not None:
+            for evaluation in state.completed_evaluations:
+                self.report_evaluation(evaluation)
             summary = self.summary(state)
             self.run.summary.write_text(json.dumps(summary, indent=2))
             self.show(summary)
@@ -269,7 +271,9 @@ def learn(job: Job) -> None:
         job.publish()
         spent = {"train_s": published - trained, "publish_s": time.monotonic() - published}
         job.record(taken, waited_s, report | spent)
-        if learner.version % config.checkpoint.every == 0 and learner.version < config.run.steps:
+        if learner.version == config.run.steps:  # the last one is saved and measured below
+            break
+        if learner.version % config.checkpoint.every == 0:
             job.save()
         if config.evaluation.every and learner.version % config.evaluation.every == 0:
             job.rollouts.evaluate(f"step {learner.version}")

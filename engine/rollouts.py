@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.config import Config
+from engine.config import Config, ConfigError
 from engine.placement import Seat
 from engine.process import Child, Stopped, StopSignal
 from engine.run_directory import RunDirectory
@@ -134,7 +134,7 @@ class Rollouts:
             if not late:  # else it answers a request that a stop ended
                 break
         if isinstance(message, Refused):
-            raise RuntimeError(f"{phase}: {message.reason}")
+            raise ConfigError(f"{phase}: {message.reason}")
         assert isinstance(message, expected), f"{phase}: got {type(message).__name__}"
         return message
 
