@@ -112,15 +112,16 @@ class Job:
         self.is_gone(5.0)
         return json.loads(self.run.summary.read_text())
 
-    def is_gone(self, timeout_s: float) -> None:
-        """Fails where some process of the job, or its shared memory, is there for longer than `timeout_s`."""
+    def is_gone(self, timeout_s: float, *, shared_memory: bool = True) -> None:
+        """Fails where a process of the job is there for longer than `timeout_s`, or its shared memory after that."""
         limit = time.monotonic() + timeout_s
         while left := self.pids():
             with exit_of(left[0]) as ended:
                 assert select.select([ended], [], [], max(0.0, limit - time.monotonic()))[0], (
                     f"{len(left)} processes are left after {timeout_s} s:\n{self.printed()[-4000:]}"
                 )
-        assert list(Path("/dev/shm").glob(f"leeway-{self.run.name}-*")) == []
+        if shared_memory:  # where the learner was killed, it lies there until the next job begins
+            assert list(Path("/dev/shm").glob(f"leeway-{self.run.name}-*")) == []
 
 
 @contextlib.contextmanager
