@@ -121,12 +121,14 @@ def prepare(config: Config) -> RunDirectory:
     policy = _build(config, config.model, tokens)
     if config.warm_start.steps:
         warm_start.warm_start(config, policy, tokens)
-    run = create(config)
-    for name, content in {**tokenizer.files(tokens), **describe(policy)}.items():
-        (run.model / name).write_bytes(content)
-    if config.model.init:
-        policy.save_pretrained(run.model)
-    return run
+
+    def write_model(folder: Path) -> None:
+        for name, content in {**tokenizer.files(tokens), **describe(policy)}.items():
+            (folder / name).write_bytes(content)
+        if config.model.init:
+            policy.save_pretrained(folder)
+
+    return create(config, write_model)
 
 
 def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> int:

@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,11 @@ def description(model: Path) -> list[Path]:
     return [path for path in sorted(model.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
 
 
-def create(config: Config) -> RunDirectory:
-    """Makes the run's directory: the named one, which must not exist, or the next free number below `run.root`."""
+def create(config: Config, write_model: Callable[[Path], None] = lambda folder: None) -> RunDirectory:
+    """Makes the run's directory: the named one, which must not exist, or the next free number below `run.root`.
+
+    `write_model` fills its model/. config.toml comes last: a directory without it is no run to resume.
+    """
     if config.run.directory:
         run = RunDirectory(Path(config.run.directory))
         try:
@@ -74,6 +78,7 @@ def create(config: Config) -> RunDirectory:
         run = _numbered(Path(config.run.root), config.run.name)
     for folder in (run.stream, run.checkpoints, run.logs, run.model):
         folder.mkdir()
+    write_model(run.model)
     run.config.write_text(to_toml(config))
     return run
 
