@@ -20,7 +20,7 @@ LAUNCH = TESTS.parent / "engine" / "launch.py"
 SMALL = TESTS / "small.toml"
 MARK = "LEEWAY_TEST_JOB"  # environment: every process of a job inherits it
 POLL_S = 0.05
-ROLES = {  # by the command line
+ROLES = {  # by the command line, the first that fits
     "torchrun": b"\0torch.distributed.run\0",
     "rank": b"engine/launch.py\0",
     "coordinator": b"\0engine.coordinator_loop\0",
@@ -66,8 +66,9 @@ class Job:
         wanted, found = f"{MARK}={self.mark}".encode(), []
         for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
             with contextlib.suppress(OSError):
-                marked = wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                if marked and (not role or ROLES[role] in Path(f"/proc/{pid}/cmdline").read_bytes()):
+                line, environment = (Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
+                its_role = next((name for name, words in ROLES.items() if words in line), "other")
+                if wanted in environment.split(b"\0") and role in ("", its_role):
                     found.append(pid)
         return found
 

@@ -1,5 +1,6 @@
 """The domain of tests/small.toml: prompts without an end, and rewards that differ within almost every group."""
 
+import time
 from typing import Any
 
 
@@ -7,6 +8,7 @@ def draw(seed: int, index: int) -> dict[str, str]:
     return {"prompt": f"{(seed + 7919 * index) % 100000:05d}=", "answer": str(index % 10)}
 
 
-def reward(prompt: str, completion: str, answer: str, **fields: Any) -> float:
-    """The share of the completion's characters that are small letters; 1 also where it is empty."""
+def reward(prompt: str, completion: str, answer: str, *, delay_s: float = 0.0, **fields: Any) -> float:
+    """The share of the completion's characters that are small letters; 1 also where it is empty. Takes `delay_s`."""
+    time.sleep(delay_s)
     return sum(character.islower() for character in completion) / len(completion) if completion else 1.0
