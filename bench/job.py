@@ -84,9 +84,13 @@ def run(config: Path, directory: Path, overrides: dict[str, Any]) -> dict[str, f
     rewards = [row["reward"] for row in steps]
     quarter = max(1, len(rewards) // 4)
 
-    def weighted(figure: str, weight: str) -> float:
-        return float(np.average([row[figure] for row in measured], weights=[row[weight] for row in measured]))
+    def column(figure: str) -> list[float]:
+        return [row[figure] for row in measured]
 
+    def grown(counter: str) -> float:
+        return steps[-1][counter] - steps[WARM_UP - 1][counter]
+
+    idle_s = grown("generator_idle_s")
     return {
         "trained_tokens": tokens,
         "wall_s": wall_s,
@@ -94,8 +98,8 @@ def run(config: Path, directory: Path, overrides: dict[str, Any]) -> dict[str, f
         "tokens_per_s": tokens / wall_s,
         "tokens_per_cpu_s": tokens / cpu_s,
         "learner_idle": sum(row["wait_s"] for row in measured) / wall_s,
-        "generator_idle": weighted("generator_idle", "step_s"),
-        "staleness": weighted("staleness", "trained_tokens"),
+        "generator_idle": idle_s / (idle_s + grown("generator_busy_s")),
+        "staleness": float(np.average(column("staleness"), weights=column("trained_tokens"))),
         "reward_first": sum(rewards[:quarter]) / quarter,
         "reward_last": sum(rewards[-quarter:]) / quarter,
     }

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -102,8 +101,8 @@ class Job:
         self.rollouts.trained(Trained(self.learner.version, [group.group_id for group in taken.groups], end, reason))
         stale = sum(update.num_stale_tokens for update in updates)
         trained = sum(update.num_tokens for update in updates) - stale
-        self.max_trained_staleness = max(self.max_trained_staleness, trained_staleness(taken.groups, version, config))
-        return {**report, "trained_tokens": trained, "stale_tokens": stale, **metrics.rollouts(taken, version)}
+        self.max_trained_staleness = max(self.max_trained_staleness, trained_staleness(updates, version))
+        return {**report, "trained_tokens": trained, **metrics.rollouts(taken, version)}
 
     def record(self, taken: Taken, waited_s: float, report: dict[str, Any]) -> None:
         if self.recorder is None or self.progress is None:
@@ -244,11 +243,10 @@ def prepare(config: Config, method: Method, shape: Shape, groups: list[Group], v
     )
 
 
-def trained_staleness(groups: list[Group], version: int, config: Config) -> int:
-    """The largest staleness among tokens that carried a gradient."""
-    staleness = np.concatenate([version - group.versions for group in groups])
-    fresh = staleness[staleness <= config.run.max_staleness]
-    return int(fresh.max(initial=0))
+def trained_staleness(updates: list[Update], version: int) -> int:
+    """The largest staleness among the tokens that carry a gradient, on all ranks."""
+    micros = [micro for update in updates for rank in update.micro_batches for micro in rank]
+    return max((int((version - micro.version[micro.mask > 0]).max(initial=0)) for micro in micros), default=0)
 
 
 def learn(job: Job) -> None:

@@ -1,5 +1,6 @@
 """The directory of one run: what lies where, how it is made, and what a resume may change."""
 
+import fcntl
 import os
 import re
 import socket
@@ -57,6 +58,14 @@ class RunDirectory:
     def name(self) -> str:
         return self.path.name
 
+    def occupy(self) -> None:
+        """Holds the run for this process as long as it lives. Raises `ConfigError` where another job holds it."""
+        self._lock = (self.path / "lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"--resume = {self.path}: another job is running in it") from error
+
 
 def description(model: Path) -> list[Path]:
     """The small files of a model's directory: tokenizer and configuration, without the weights."""
@@ -78,6 +87,7 @@ def create(config: Config, write_model: Callable[[Path], None] = lambda folder: 
         run = _numbered(Path(config.run.root), config.run.name)
     for folder in (run.stream, run.checkpoints, run.logs, run.model):
         folder.mkdir()
+    run.occupy()
     write_model(run.model)
     run.config.write_text(to_toml(config))
     return run
@@ -148,6 +158,7 @@ def reopen(path: Path, config: Config) -> RunDirectory:
     """The run to resume, now with `config`. Raises `ConfigError` as `check_resumable` does."""
     check_resumable(path, config)
     run = RunDirectory(path)
+    run.occupy()
     run.config.write_text(to_toml(config))
     return run
 

@@ -47,7 +47,7 @@ def test_fresh_run_holds_its_resolved_configuration(tmp_path: Path) -> None:
     settings = config(tmp_path, "run.seed=7")
     run = create(settings)
     assert load(run.config) == settings
-    assert {path.name for path in run.path.iterdir()} == {"config.toml", "stream", "checkpoints", "logs", "model"}
+    assert {path.name for path in run.path.iterdir()} == {"config.toml", "stream", "checkpoints", "lock", "logs", "model"}
 
 
 def test_named_run_is_made_there_and_never_over_another(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
 
 
 def test_resume_may_change_steps_intervals_and_budgets(tmp_path: Path) -> None:
-    run = create(config(tmp_path))
+    run = RunDirectory(create(config(tmp_path)).path)  # the job that made it has ended
     changes = (
         "run.steps=99",
         "checkpoint.every=3",
@@ -183,3 +183,11 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     run = RunDirectory(Path("runs/x"))
     assert (run.path, run.name, run.ledger) == (tmp_path / "runs/x", "x", tmp_path / "runs/x/ledger.db")
+
+
+def test_run_that_a_job_holds_cannot_be_resumed_by_another(tmp_path: Path) -> None:
+    held = create(config(tmp_path))
+    before = held.config.read_text()
+    with pytest.raises(ConfigError, match="another job is running in it"):
+        reopen(held.path, config(tmp_path))
+    assert held.config.read_text() == before
