@@ -47,7 +47,8 @@ def test_fresh_run_holds_its_resolved_configuration(tmp_path: Path) -> None:
     settings = config(tmp_path, "run.seed=7")
     run = create(settings)
     assert load(run.config) == settings
-    assert {path.name for path in run.path.iterdir()} == {"config.toml", "stream", "checkpoints", "lock", "logs", "model"}
+    made = {"config.toml", "stream", "checkpoints", "lock", "logs", "model"}
+    assert {path.name for path in run.path.iterdir()} == made
 
 
 def test_named_run_is_made_there_and_never_over_another(tmp_path: Path) -> None:
