@@ -90,7 +90,7 @@ def peer_table(model: Path, prompts: Path, steps: int) -> dict[str, Any]:
         "run": {"name": "peer", "groups_per_step": 16, "group_size": 8, "steps": steps, "max_staleness": 4},
         "model": {"path": str(model), "context": CONTEXT},
         "domains": [{"name": "digits", "source": "file", "path": str(prompts), "reward": "bench.reward:share"}],
-        "generator": {"max_new_tokens": ANSWER, "slots": 128, "threads": 1},
+        "generator": {"max_new_tokens": ANSWER, "slots": 128, "threads": 1, "kv": "keep"},
         "learner": {"tokens_per_micro_batch": 4096, "lr": LR, "threads": 1},
         "algorithm": {"filter_uniform": False},
         "checkpoint": {"every": 10**6, "export": False},
@@ -115,8 +115,8 @@ def rows(tail: dict[str, list[Figures]], peer: dict[str, list[Figures]]) -> list
             ("staleness 0", "this engine at staleness 0", None),
         )
     ]  # fmt: skip
-    best = max((name(p) for p in PLACEMENTS), key=lambda arm: sum(speeds(peer[arm], ECONOMY)))
     for metric in (ECONOMY, SPEED):
+        best = max((name(p) for p in PLACEMENTS), key=lambda arm: sum(speeds(peer[arm], metric)))
         for arm, goal in (("own prompts", 2.0), ("shared prompts", 3.0)):
             made.append(
                 results.row(arm, f"trained {metric}", speeds(peer[arm], metric), speeds(peer[best], metric), best,

@@ -47,6 +47,7 @@ from engine.tokenizer import decode, from_files
 from engine.weights import Staged, WeightsError, subscribe
 from rewards.verdict import Verdict
 
+STAGE_AGAIN_S = 1.0
 Key = tuple[Kind, int, int]  # kind, group_id, attempt: one lease
 
 
@@ -69,6 +70,7 @@ class Actor:
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
         self._staging: Future[tuple[Staged, float]] | None = None
         self._wanted = -1  # the newest published version
+        self._stage_from = 0.0  # when to try again after a staging that failed
         self._held: set[Key] = set()
         self._scoring: dict[Key, Sampled] = {}
         self._unacknowledged: dict[Key, tuple[float, Result]] = {}
@@ -152,21 +154,24 @@ class Actor:
 
     def _load_staged(self) -> None:
         """Starts staging what was published, and applies what lies staged."""
-        if self._staging is None and self._wanted > self._generator.version:
+        late = self._wanted > self._generator.version and time.monotonic() >= self._stage_from
+        if self._staging is None and late:
             self._staging = self._stager.submit(self._stage, self._wanted)
             self._staging.add_done_callback(lambda _: os.write(self._wake_write, b"."))
         if self._staging is None or not self._staging.done():
             return
         staging, self._staging = self._staging, None
         if isinstance(error := staging.exception(), WeightsError):
-            self._wanted = self._generator.version  # stay on it until the next version is published
+            self._stage_from = time.monotonic() + STAGE_AGAIN_S  # on the old version until then
             print(f"{self._name}: {error}", file=sys.stderr, flush=True)
             return
         staged, stage_s = staging.result()
         if staged.version > self._generator.version:
             paused = time.monotonic()
             self._generator.load(staged.version, staged.tensors)
-            self._link.send(Applied(staged.incarnation, staged.version, stage_s, time.monotonic() - paused))
+            pause_s = time.monotonic() - paused
+            self._idle_s += pause_s
+            self._link.send(Applied(staged.incarnation, staged.version, stage_s, pause_s))
             self._spoke = 0.0  # a heartbeat at once: the counters of this version
 
     def _stage(self, version: int) -> tuple[Staged, float]:

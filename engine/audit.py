@@ -290,14 +290,12 @@ class Account:
         )
         self.version = trained.version
         taken, _ = self.takes.get(trained.version - 1, ([], []))
-        groups = sorted([*trained.group_ids, *trained.expired_ids])
+        groups = sorted(trained.group_ids)
         self._check(groups == sorted(taken), f"version {trained.version}: made of groups {groups}, taken were {taken}")
         for group_id in trained.group_ids:
             if self._move(group_id, trained.end, "taken") and trained.end == "trained":
                 judged = self.fates[group_id].completions
                 self.trained_tokens += sum(length for _, length, _, _, _, error in judged if not error)
-        for group_id in trained.expired_ids:
-            self._move(group_id, "expired", "taken")
 
     def _on_published(self, published: Published) -> None:
         version = published.version

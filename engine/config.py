@@ -57,7 +57,6 @@ class Model(Struct, kw_only=True):
     tokenizer: Tokenizer = Tokenizer()
     dtype: Literal["float32", "float64"] = "float32"  # of the parameters that the optimiser sees
     context: Count  # the longest sequence, prompt and answer together, in tokens
-    trust_remote_code: bool = False
 
 
 class WarmStart(Struct):
@@ -166,12 +165,13 @@ class Deadlines(Struct):
     """Seconds after which a wait becomes an error that names the process and the phase."""
 
     start_s: Positive = 180.0  # a process until its first message
+    prepare_s: Positive = 3600.0  # rank 0 until its model is loaded or warmed up; the other ranks wait
     heartbeat_s: Positive = 2.0  # a generator speaks at least this often
-    lease_s: Positive = 20.0  # a generator silent for so long is dead; its leases go to others
+    lease_s: Positive = 60.0  # a generator silent for so long is dead; its leases go to others
     group_s: Positive = 1800.0  # a lease held for so long is taken back
-    take_s: Positive = 900.0  # the learner for its next groups
+    take_s: Positive = 3600.0  # the learner for its next groups
     publish_s: Positive = 60.0  # a generator until it applied a version, or it leaves routing
-    evaluate_s: Positive = 1800.0
+    evaluate_s: Positive = 3600.0
     reward_s: Positive = 10.0  # one completion's reward
     collective_s: Positive = 300.0
     stop_s: Positive = 8.0  # everything, when asked to stop
@@ -232,13 +232,14 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return table if base is None else merge(read(path.parent / base, (*seen, path)), table)
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`; tables merge, but a slot (a table with `name`) is replaced whole."""
+def merge(base: dict[str, Any], over: dict[str, Any], inside: str = "") -> dict[str, Any]:
+    """`over` laid on `base`; tables merge, but a slot (a table with `name` inside [algorithm]) is replaced whole."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict) and "name" not in value
-        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+        tables = isinstance(old, dict) and isinstance(value, dict)
+        slot = inside == "algorithm" and tables and "name" in value
+        merged[key] = merge(old, value, key) if tables and not slot else value  # type: ignore[arg-type]
     return merged
 
 

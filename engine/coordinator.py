@@ -263,16 +263,13 @@ class Coordinator:
     def trained(self, trained: Trained, now: float) -> None:
         """A take became `trained.version`. Its tickets return when that is applied everywhere, also after a skipped
         update: the take has moved the learner on, so new groups at the old version would come too late."""
-        group_ids = [*trained.group_ids, *trained.expired_ids]
-        for group_id in group_ids:
+        for group_id in trained.group_ids:
             del self._taken[group_id]
         self.version, self._filtered_before = trained.version, []
-        self.tickets.hold(group_ids, trained.version)
+        self.tickets.hold(trained.group_ids, trained.version)
         self._ends[trained.end] += len(trained.group_ids)
-        self._ends["expired"] += len(trained.expired_ids)
         with self._ledger.transaction():
             self._ledger.ended(trained.group_ids, trained.end, trained.reason)
-            self._ledger.ended(trained.expired_ids, "expired", "every token is too old")
 
     def published(self, version: int, now: float) -> None:
         """The weights of `version` lie ready; generators have `publish_s` to apply them or newer ones."""
@@ -330,8 +327,9 @@ class Coordinator:
         deadlines, lines = self._config.deadlines, []
         with self._ledger.transaction():
             for name in self.roster.silent(now):
-                self._drop(name, f"silent for {deadlines.lease_s:g} s", now, blame=True)
-                lines.append(f"{name}: silent for {deadlines.lease_s:g} s; its groups go to others")
+                silent = f"silent for {now - self.roster.members[name].seen_s:g} s"
+                self._drop(name, silent, now, blame=True)
+                lines.append(f"{name}: {silent}; its groups go to others")
             for name in self.roster.late(now):
                 self.roster.members[name].routed = False
                 reason = f"did not apply version {self.roster.published} in {deadlines.publish_s:g} s"

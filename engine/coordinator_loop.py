@@ -32,7 +32,6 @@ from engine.schema import (
     Heartbeat,
     Hello,
     Leases,
-    Poll,
     Probed,
     Publish,
     Published,
@@ -85,7 +84,6 @@ class CoordinatorLoop:
             Trained: self._on_trained,
             Published: self._on_published,
             Save: self._on_save,
-            Poll: lambda message, now: self._link.send(Done(self._coordinator.state(now))),
             Finished: self._on_finished,
         }
         self._generator_handlers = {

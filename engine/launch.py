@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from engine import checkpoint, plan, tokenizer, warm_start
 from engine.algorithms.method import compose
 from engine.config import Config, ConfigError, Model, load
+from engine.learner import NonFinite
 from engine.learner_loop import Job, Mismatch, learn
 from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
@@ -34,8 +35,9 @@ from engine.run_directory import RunDirectory, check_creatable, check_port, chec
 from engine.scorer import check_rewards
 from engine.scores import shape_by
 from engine.stream import Silence
+from engine.weights import WeightsError
 
-RUN_KEY, ADDRESS_KEY = "leeway/run", "leeway/address"  # in the ranks' store
+RUN_KEY, ADDRESS_KEY, DONE_KEY = "leeway/run", "leeway/address", "leeway/done"  # in the ranks' store
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 2
-    except (ProcessDied, Silence, Mismatch) as error:
+    except (ProcessDied, Silence, Mismatch, NonFinite, WeightsError, dist.DistError) as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 1
     except Stopped as error:
@@ -132,7 +134,7 @@ def prepare(config: Config) -> RunDirectory:
 
 
 def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> int:
-    store = rendezvous(place, config.deadlines.start_s)
+    store = rendezvous(place, config.deadlines.prepare_s)
     if place.rank == 0:
         run = prepare(config) if resume is None else reopen(Path(resume), config)
         if store is not None:
@@ -150,6 +152,8 @@ def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | No
         job.say(f"other generators join by python -m engine.actor_loop --join {job.rollouts.address}")
         learn(job)
         job.finish()
+        if store is not None and job.lead:
+            store.set(DONE_KEY, "")
     except Stopped as error:
         raise Stopped(f"{error} at version {job.learner.version}; continue with --resume {run.path}") from error
     finally:
@@ -161,7 +165,7 @@ def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | No
 
 def generator_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> int:
     """Supervises one generator until the job ends."""
-    store = rendezvous(place, config.deadlines.start_s)
+    store = rendezvous(place, config.deadlines.prepare_s)
     assert store is not None
     address = store.get(ADDRESS_KEY).decode()
     run = RunDirectory(Path(store.get(RUN_KEY).decode()))
@@ -173,6 +177,8 @@ def generator_rank(config: Config, place: Seat, stop: StopSignal, resume: str | 
     supervisor.start()
     supervisor.wait(stop)
     supervisor.stop(1.0)
+    if supervisor.gave_up and not store.check([DONE_KEY]):
+        raise supervisor.error()
     return 0
 
 

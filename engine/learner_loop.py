@@ -11,7 +11,7 @@ from torch import nn
 
 from engine import checkpoint, metrics, parallel
 from engine.algorithms.method import Method, compose
-from engine.config import Config
+from engine.config import Config, ConfigError
 from engine.credit import advantages
 from engine.learner import Learner
 from engine.packer import Update, pack
@@ -49,10 +49,11 @@ class Job:
         manifest = Manifest.of(named_tensors(self.learner.model), dtype)
         self.publisher = Publisher(self.segment, manifest) if self.lead else None
         self.rollouts = Rollouts(config, run, seat, stop, self.segment, str(resume or ""))
-        self.supervisors = self._start_generators()
+        self.rollouts.generators = self.supervisors = self._start_generators()
         self.progress = Progress(run.name, config.run.steps, live=config.tracking.progress) if self.lead else None
         self.recorder = metrics.Recorder(config, run.metrics, run.tensorboard) if self.lead else None
         self.pace = metrics.Pace()
+        self.holds_out = any(domain.eval_prompts or domain.eval_path for domain in config.domains)
         self.evaluations: dict[str, Evaluation] = {}
         self.max_trained_staleness = 0
 
@@ -127,7 +128,7 @@ class Job:
 
     def evaluate_pinned(self, name: str) -> None:
         """An evaluation of the newest version alone: nothing is published until it is done."""
-        if not any(domain.eval_prompts for domain in self.config.domains) or not self.config.evaluation.before_after:
+        if not self.holds_out or not self.config.evaluation.before_after:
             return
         self.phase(f"evaluation {name!r}")
         evaluation = self.rollouts.evaluation(name)
@@ -136,8 +137,12 @@ class Job:
 
     def save(self) -> None:
         """A checkpoint of this moment, whole or not there at all; generators go on meanwhile."""
-        step = self.learner.version
-        checkpoint.save(self.run.path, self.config, self.learner, lambda path: self.rollouts.save(str(path), step))
+        step, states = self.learner.version, []
+        checkpoint.save(
+            self.run.path, self.config, self.learner, lambda path: states.append(self.rollouts.save(str(path), step))
+        )
+        for evaluation in (evaluation for state in states for evaluation in state.completed_evaluations):
+            self.report_evaluation(evaluation)
 
     def check_parity(self) -> None:
         """Generator and learner must agree on fresh tokens. Raises `Mismatch` beyond `learner.parity_bound`."""
@@ -145,6 +150,10 @@ class Job:
         groups = self.rollouts.probe()
         if not groups:
             return
+        verdicts = [verdict for group in groups for verdict in group.verdicts]
+        if all(verdict.error for verdict in verdicts):
+            reward = f"domains.{groups[0].domain}.reward"
+            raise ConfigError(f"{reward}: failed on each of {len(verdicts)} completions: {verdicts[0].error}")
         difference, bound = self.learner.mismatch(groups), self.config.learner.parity_bound
         if not difference <= bound:
             raise Mismatch(
@@ -273,7 +282,7 @@ def learn(job: Job) -> None:
             break
         if learner.version % config.checkpoint.every == 0:
             job.save()
-        if config.evaluation.every and learner.version % config.evaluation.every == 0:
+        if job.holds_out and config.evaluation.every and learner.version % config.evaluation.every == 0:
             job.rollouts.evaluate(f"step {learner.version}")
     job.save()
     job.evaluate_pinned("after")

@@ -65,7 +65,7 @@ def build(model: Model, *, vocab_size: int, eos_id: int, pad_id: int, seed: int)
     Raises `ConfigError` for a model that cannot be read or built, has too few token ids or too short a context.
     """
     dtype = getattr(torch, model.dtype)
-    options = {"attn_implementation": ATTENTION, "dtype": dtype, "trust_remote_code": model.trust_remote_code}
+    options = {"attn_implementation": ATTENTION, "dtype": dtype}
     try:
         if model.path:
             policy = AutoModelForCausalLM.from_pretrained(model.path, **options)

@@ -2,6 +2,7 @@
 # pyright: reportPrivateImportUsage=false
 
 import os
+import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Literal
@@ -50,7 +51,9 @@ def seat(config: Config, environ: Mapping[str, str] = os.environ) -> Seat:
     share = max(1, cores() // (local_world + (lead_children if beside_lead else 0)))
     device = config.learner.device
     if device == "auto":
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"  # one GPU a rank
     return Seat(
         rank=rank,
         world_size=world,
@@ -74,7 +77,13 @@ def check_devices(config: Config, seat: Seat) -> None:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
-            raise ConfigError(f"{field} = {device!r}: must be auto, cpu or cuda:NUMBER; {reason}") from error
+            raise ConfigError(f"{field} = {device!r}: must be auto, cpu, cuda or cuda:NUMBER; {reason}") from error
+
+
+def advertised(address: str, environ: Mapping[str, str] = os.environ) -> str:
+    """`address` as others reach it: a wildcard interface becomes the name of the first rank's host."""
+    host = environ.get("MASTER_ADDR", socket.gethostname())
+    return address.replace("//0.0.0.0:", f"//{host}:")
 
 
 def rendezvous(seat: Seat, timeout_s: float) -> dist.Store | None:

@@ -15,6 +15,8 @@ PARENT = "LEEWAY_PARENT"  # environment: the pid whose death ends this process
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 LONGEST_BACK_OFF_S = 30.0
+QUICK_S = 60.0  # a child that dies sooner after its start may never have worked
+MOST_QUICK_DEATHS = 5
 
 
 class ProcessDied(RuntimeError):
@@ -93,15 +95,17 @@ class Child:
 
 
 class Supervisor(threading.Thread):
-    """Keeps one child running: started again with growing back-off when it dies, until it ends with code 0 or
-    `stop` is called. `restarts` counts its deaths."""
+    """Keeps one child running: started again with growing back-off when it dies, until it ends with code 0, `stop` is
+    called, or it died `MOST_QUICK_DEATHS` times in a row within a minute of its start: then the supervisor gives up.
+    Every death is told on standard error."""
 
     def __init__(self, name: str, module: str, arguments: list[str], log: Path, threads: int):
         super().__init__(name=f"supervisor of {name}", daemon=True)
         self._spawn = lambda: Child(name, module, arguments, log, threads)
         self._halt_read, self._halt_write = os.pipe()
         self._end_read, self._end_write = os.pipe()
-        self.restarts = 0
+        self.fd, self._gave_up = os.pipe()  # readable once it gave up
+        self.gave_up = False
         self.child: Child | None = None
 
     def run(self) -> None:
@@ -111,7 +115,7 @@ class Supervisor(threading.Thread):
             os.close(self._end_write)  # makes the read end readable: `wait` returns
 
     def _supervise(self) -> None:
-        back_off_s = 0.5
+        back_off_s, quick_deaths = 0.5, 0
         while True:
             # Spawned by this thread, whose end would kill the child: so the thread outlives it.
             self.child = self._spawn()
@@ -119,8 +123,15 @@ class Supervisor(threading.Thread):
             halted = self._wait(self.child.fd, None)
             if halted or self.child.exit_code() == 0:
                 return
-            self.restarts += 1
-            back_off_s = 0.5 if time.monotonic() - started > 60 else min(2 * back_off_s, LONGEST_BACK_OFF_S)
+            quick = time.monotonic() - started < QUICK_S
+            quick_deaths = quick_deaths + 1 if quick else 1
+            back_off_s = min(2 * back_off_s if quick else 0.5, LONGEST_BACK_OFF_S)
+            if quick_deaths == MOST_QUICK_DEATHS:
+                self.gave_up = True
+                os.write(self._gave_up, b".")
+                return
+            print(f"leeway: {self.child.error()}; starting it again", file=sys.stderr, flush=True)
+            self.child.stop(0.0)
             if self._wait(-1, back_off_s):
                 return
 
@@ -128,6 +139,11 @@ class Supervisor(threading.Thread):
         """Waits for the child's end or a call of `stop`; True for the latter."""
         watched = [self._halt_read] + ([pidfd] if pidfd >= 0 else [])
         return self._halt_read in select.select(watched, [], [], timeout_s)[0]
+
+    def error(self) -> ProcessDied:
+        """What to raise when it gave up."""
+        assert self.child is not None
+        return ProcessDied(f"{self.child.error()}; it died {MOST_QUICK_DEATHS} times in a row")
 
     def wait(self, stop: "StopSignal") -> None:
         """Returns when the child has ended for good, or when the job is asked to stop."""

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from engine.config import Config, ConfigError
-from engine.placement import Seat
-from engine.process import Child, Stopped, StopSignal
+from engine.placement import Seat, advertised
+from engine.process import Child, Stopped, StopSignal, Supervisor
 from engine.run_directory import RunDirectory
 from engine.schema import (
     Done,
@@ -41,6 +41,7 @@ class Rollouts:
         """`segment` names the weights' shared memory; `snapshot` is the checkpoint to continue from, or empty."""
         self._deadlines, self._seat, self._stop = config.deadlines, seat, stop
         self.address, self.incarnation = "", 0
+        self.generators: list[Supervisor] = []  # of this rank: without them no answer would come
         if seat.rank == 0:
             self._link = Link(ToLearner)
             self._child = Child(
@@ -51,7 +52,7 @@ class Rollouts:
                 run.logs / "coordinator.log",
             )
             ready = self._receive(self._deadlines.start_s, "start of the coordinator", Ready)
-            self.address, self.incarnation = ready.address, ready.incarnation
+            self.address, self.incarnation = advertised(ready.address), ready.incarnation
 
     def take(self, num_groups: int, version: int) -> Taken | None:
         """The next groups to train at `version`, the same on every rank; None when the job is asked to stop."""
@@ -94,11 +95,11 @@ class Rollouts:
         shared = self._share(probed)
         return [] if shared is None else shared.groups
 
-    def save(self, path: str, step: int) -> None:
-        """Has the coordinator write its part of a checkpoint below `path`."""
-        if self._seat.rank == 0:
-            self._tell(Save(path, step))
-            self._receive(self._deadlines.collective_s, f"checkpoint at step {step}", Done, interruptible=False)
+    def save(self, path: str, step: int) -> State:
+        """Has the coordinator write its part of a checkpoint below `path`; rank 0 alone."""
+        self._tell(Save(path, step))
+        phase = f"checkpoint at step {step}"
+        return self._receive(self._deadlines.collective_s, phase, Done, interruptible=False).state
 
     def finish(self, reason: str) -> State | None:
         """Ends generators and coordinator in order; the last state, on rank 0."""
@@ -127,7 +128,7 @@ class Rollouts:
         return self._receive(timeout_s, phase, expected)
 
     def _receive(self, timeout_s: float, phase: str, expected: type, interruptible: bool = True) -> Any:
-        watch = [self._child, self._stop] if interruptible else [self._child]
+        watch = [self._child, self._stop, *self.generators] if interruptible else [self._child]
         while True:
             message = self._link.receive(timeout_s, f"{phase}: waiting for the coordinator", watch)
             late = isinstance(message, Taken | Probed | Evaluated) and not isinstance(message, expected)

@@ -94,7 +94,12 @@ class Roster:
     # ---- deadlines
 
     def silent(self, now: float) -> list[str]:
-        return [name for name, member in self.members.items() if now - member.seen_s >= self._deadlines.lease_s]
+        return [name for name, member in self.members.items() if now >= self._silent_at(member)]
+
+    def _silent_at(self, member: Member) -> float:
+        """A member that still loads its model says nothing meanwhile, and has until `start_s`."""
+        limit = self._deadlines.lease_s if member.applied >= 0 else self._deadlines.start_s
+        return member.seen_s + max(limit, self._deadlines.lease_s)
 
     def late(self, now: float) -> list[str]:
         """Routed members that owe a version for too long."""
@@ -106,7 +111,7 @@ class Roster:
         ]
 
     def next_deadline(self) -> float | None:
-        silent = [member.seen_s + self._deadlines.lease_s for member in self.members.values()]
+        silent = [self._silent_at(member) for member in self.members.values()]
         late = [
             member.behind_s + self._deadlines.publish_s
             for member in self.members.values()

@@ -213,7 +213,6 @@ class Trained(msgspec.Struct, tag=True, frozen=True):
     group_ids: list[int]
     end: End
     reason: str = ""
-    expired_ids: list[int] = []
 
 
 class Published(msgspec.Struct, tag=True, frozen=True):
@@ -237,10 +236,6 @@ class Evaluate(msgspec.Struct, tag=True, frozen=True):
     name: str
     kind: Kind = "eval"
     wait: bool = False
-
-
-class Poll(msgspec.Struct, tag=True, frozen=True):
-    """Asks for the state (`Done`)."""
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
@@ -376,7 +371,7 @@ class Saved(msgspec.Struct, tag=True, frozen=True):
 TapRecord = Began | Granted | Lapsed | Result | Ack | Take | Took | Trained | Published | Saved
 FromGenerator = Hello | Request | Applied | Heartbeat | Result | Failure | Bye
 ToGenerator = Welcome | Leases | Ack | Beat | Publish | Stop
-FromLearner = Take | Trained | Published | Save | Evaluate | Poll | Finished
+FromLearner = Take | Trained | Published | Save | Evaluate | Finished
 ToLearner = Ready | Taken | Evaluated | Probed | Done | Refused
 
 

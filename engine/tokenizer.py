@@ -30,7 +30,7 @@ def load(model: Model) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model.path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"model.path = {model.path!r}: no tokenizer could be loaded: {reason}") from error
@@ -77,7 +77,7 @@ def files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
         return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def from_files(contents: dict[str, bytes], trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+def from_files(contents: dict[str, bytes]) -> "PreTrainedTokenizerBase":
     """The tokenizer that `files` gave; names of other files are ignored."""
     from transformers import AutoTokenizer
 
@@ -88,7 +88,7 @@ def from_files(contents: dict[str, bytes], trust_remote_code: bool = False) -> "
                 raise ValueError(f"a tokenizer file outside its directory: {name!r}")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(directory)
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, template: str = "{prompt}", system: str = "") -> str:

@@ -53,6 +53,7 @@ def judge(reward: Reward, task: Task, completion: str) -> Verdict:
     """The reward's verdict; one with an `error` where it raises or gives no finite number."""
     try:
         verdict = Verdict.of(reward(task.prompt, completion, task.answer, **task.fields))
+        verdict = msgspec.convert(msgspec.to_builtins(verdict), Verdict)  # a struct does not check its own fields
     except Exception as error:  # a reward is other people's code
         return Verdict.failed(f"{type(error).__name__}: {error}")
     return verdict if math.isfinite(verdict.score) else Verdict.failed(f"the score is {verdict.score}")

@@ -132,10 +132,10 @@ def test_extends_merges_tables_and_replaces_slots_and_lists(minimal):
     write(minimal.parent, "base.toml", 'extends = "minimal.toml"\n[run]\nsteps = 20\n'
           '[algorithm]\nloss = { name = "ppo_clip", low = 0.2, high = 0.28 }\n'
           '[generator]\nstop = ["a", "b"]\n')  # fmt: skip
-    path = write(minimal.parent / "deep", "top.toml", 'extends = "../base.toml"\n[run]\nseed = 7\n'
+    path = write(minimal.parent / "deep", "top.toml", 'extends = "../base.toml"\n[run]\nname = "top"\nseed = 7\n'
                  '[algorithm]\nloss = { name = "reinforce" }\n[generator]\nstop = ["c"]\n')  # fmt: skip
     config = load(path)
-    assert (config.run.steps, config.run.seed, config.run.group_size) == (20, 7, 8)
+    assert (config.run.name, config.run.steps, config.run.seed, config.run.group_size) == ("top", 20, 7, 8)
     assert config.algorithm.loss == {"name": "reinforce"}  # no `low` left over
     assert config.generator.stop == ["c"]
 

@@ -151,6 +151,14 @@ def test_tokens_of_impossible_versions_are_refused(tmp_path: Path, versions: lis
     assert coordinator.state(1.0).ends["in_flight"] == 4
 
 
+def test_a_generator_that_still_loads_its_model_may_be_silent_until_start_s(tmp_path: Path) -> None:
+    coordinator = begun(tmp_path, lease_s=20.0, start_s=100.0)
+    coordinator.join("slow", 0.0)
+    assert coordinator.next_deadline() == 100.0
+    assert coordinator.tick(99.0) == [] and coordinator.has("slow")
+    assert coordinator.tick(100.0) == ["slow: silent for 100 s; its groups go to others"]
+
+
 def test_a_dead_generators_groups_go_to_another_with_a_new_lease_version(tmp_path: Path) -> None:
     coordinator = begun(tmp_path, lease_s=20.0)
     leases = enter(coordinator, "g", 4)  # groups 0, 1

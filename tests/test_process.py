@@ -59,15 +59,36 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path, monkeypatch):
     assert until(lambda: not alive(pid))
 
 
-def test_a_supervisor_restarts_the_dead_and_lets_the_finished_rest(tmp_path, monkeypatch):
+TWICE = """
+import pathlib, sys
+runs = pathlib.Path("runs")
+number = len(runs.read_text()) if runs.exists() else 0
+runs.write_text("x" * (number + 1))
+sys.exit(0 if number == 1 else 9)
+"""
+
+
+def test_a_supervisor_restarts_the_dead_and_lets_the_finished_rest(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    module(tmp_path, "twice", "import pathlib, sys\np = pathlib.Path('runs'); n = len(p.read_text()) if p.exists() else 0\n"
-           "p.write_text('x' * (n + 1)); sys.exit(0 if n == 1 else 9)")
+    module(tmp_path, "twice", TWICE)
     monkeypatch.chdir(tmp_path)
     supervisor = Supervisor("worker", "twice", [], tmp_path / "log", threads=1)
     supervisor.start()
     supervisor.join(20.0)
-    assert not supervisor.is_alive() and supervisor.restarts == 1 and (tmp_path / "runs").read_text() == "xx"
+    assert not supervisor.is_alive() and not supervisor.gave_up and (tmp_path / "runs").read_text() == "xx"
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and "worker (pid" in told and "code 9" in told and "starting it again" in told
+
+
+def test_a_supervisor_gives_up_a_child_that_never_works(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("engine.process.LONGEST_BACK_OFF_S", 0.01)
+    module(tmp_path, "hopeless", "import sys; print('no such library'); sys.exit(1)")
+    supervisor = Supervisor("worker", "hopeless", [], tmp_path / "log", threads=1)
+    supervisor.start()
+    assert select.select([supervisor.fd], [], [], 30.0)[0] and supervisor.gave_up
+    assert "code 1: no such library" in str(supervisor.error()) and "5 times in a row" in str(supervisor.error())
+    assert (tmp_path / "log").read_text().count("no such library") == 5
 
 
 def test_stopping_a_supervisor_ends_a_child_that_ignores_sigterm(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from engine import config as configs
 from engine.config import ConfigError
 from engine.schema import Prompt
 from engine.scorer import Scorer, check_rewards
+from rewards.verdict import Verdict
 
 DEADLINE_S = 0.5
 
@@ -30,6 +31,8 @@ def behave(prompt, completion, answer, **fields):
         os._exit(3)
     if completion == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if completion == "malformed":
+        return Verdict(1.0, True, evidence={"number": 3})  # type: ignore[dict-item]
     if completion == "print":
         print("chatter", flush=True)
     if completion == "spawn":
@@ -107,6 +110,7 @@ def test_groups_come_back_whole_and_in_order_from_many_workers():
     [
         ("raise", "KeyError: 'no such thing'"),
         ("nan", "the score is nan"),
+        ("malformed", "ValidationError: Expected `str`, got `int` - at `$.evidence[...]`"),
         ("hang", "no word within 0.5 s (signal 9)"),
         ("exit", "its process died (exit code 3)"),
         ("kill", "its process died (signal 9)"),
