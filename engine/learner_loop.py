@@ -44,7 +44,7 @@ class Job:
         self.learner = Learner(config, policy, self.method, device=seat.device, directory=run.debug)
         if resume is not None:
             checkpoint.load(resume, self.learner)
-        self.segment = f"leeway-{run.name}-{seat.rank}-{time.time_ns():x}"
+        self.segment = f"{run.name}-{seat.rank}-{time.time_ns():x}"
         dtype = getattr(torch, config.generator.dtype)
         manifest = Manifest.of(named_tensors(self.learner.model), dtype)
         self.publisher = Publisher(self.segment, manifest) if self.lead else None

@@ -270,7 +270,8 @@ def test_a_job_killed_again_and_again_ends_as_usual(chains, number):
     missed = [kill for place, kill in enumerate(chain.kills) if not chain.struck(place)]
     assert not missed, f"never struck: {missed}"
     fatal = sum(kill.process in ENDS_JOB for kill in chain.kills)
-    assert len(chain.exit_codes) == fatal + 1, f"{chain.exit_codes}: {log[-4000:]}"
+    # A learner outlives its killed launcher by a moment, in which the next kill may strike: then one launch had both.
+    assert fatal // 2 < len(chain.exit_codes) <= fatal + 1, f"{chain.exit_codes}: {log[-4000:]}"
     summary = json.loads(chain.run.summary.read_text())
     assert summary["steps"] == STEPS
     assert list(Path("/dev/shm").glob(f"leeway-{chain.run.name}*")) == []
