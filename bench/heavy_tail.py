@@ -50,7 +50,7 @@ def table(**run: Any) -> dict[str, Any]:
         "domains": [
             {"name": "run", "source": "callable", "task": "bench.heavy_tail:draw", "reward": "bench.heavy_tail:parity"}
         ],
-        "generator": {"max_new_tokens": LONGEST, "slots": 128, "threads": 1, "kv": "keep"},
+        "generator": {"max_new_tokens": LONGEST, "slots": 128, "threads": 1},
         "learner": {"tokens_per_micro_batch": 4096, "lr": 1e-7, "threads": 1},
         "algorithm": {"filter_uniform": False},
         "checkpoint": {"every": 10**6, "export": False},

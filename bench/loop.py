@@ -90,7 +90,7 @@ def peer_table(model: Path, prompts: Path, steps: int) -> dict[str, Any]:
         "run": {"name": "peer", "groups_per_step": 16, "group_size": 8, "steps": steps, "max_staleness": 4},
         "model": {"path": str(model), "context": CONTEXT},
         "domains": [{"name": "digits", "source": "file", "path": str(prompts), "reward": "bench.reward:share"}],
-        "generator": {"max_new_tokens": ANSWER, "slots": 128, "threads": 1, "kv": "keep"},
+        "generator": {"max_new_tokens": ANSWER, "slots": 128, "threads": 1},
         "learner": {"tokens_per_micro_batch": 4096, "lr": LR, "threads": 1},
         "algorithm": {"filter_uniform": False},
         "checkpoint": {"every": 10**6, "export": False},
