@@ -48,7 +48,12 @@ class Job:
         dtype = getattr(torch, config.generator.dtype)
         manifest = Manifest.of(named_tensors(self.learner.model), dtype)
         self.publisher = Publisher(self.segment, manifest) if self.lead else None
-        self.rollouts = Rollouts(config, run, seat, stop, self.segment, str(resume or ""))
+        try:
+            self.rollouts = Rollouts(config, run, seat, stop, self.segment, str(resume or ""))
+        except BaseException:  # a stop at the start included: the segment must not outlive the job
+            if self.publisher is not None:
+                self.publisher.close()
+            raise
         self.rollouts.generators = self.supervisors = self._start_generators()
         self.progress = Progress(run.name, config.run.steps, live=config.tracking.progress) if self.lead else None
         self.recorder = metrics.Recorder(config, run.metrics, run.tensorboard) if self.lead else None
