@@ -58,11 +58,6 @@ COMPLETION = "INSERT OR REPLACE INTO completions VALUES (?, ?, ?, ?, ?, ?, ?, ?,
 RETURNED = "UPDATE groups SET state = 'pending', failures = ?2 WHERE group_id = ?1"
 TAKEN = "UPDATE groups SET state = 'taken', taken_version = ?2, taken = ?3 WHERE group_id = ?1"
 ENDED = "UPDATE groups SET state = ?2, reason = ?3, ended = ?4 WHERE group_id = ?1"
-REOPENED = (
-    "UPDATE groups SET state = 'pending' WHERE state = 'leased'",
-    "UPDATE groups SET state = 'buffered', taken = NULL, taken_version = NULL WHERE state = 'taken'",
-    "DELETE FROM completions WHERE group_id NOT IN (SELECT group_id FROM groups WHERE state != 'pending')",
-)
 EVENT = """
 INSERT INTO events (time, incarnation, event, group_id, version, generator, detail) VALUES (?, ?, ?, ?, ?, ?, ?)"""
 
