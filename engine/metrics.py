@@ -24,6 +24,7 @@ effective_sample_size         share      (sum rho)^2 / (n sum rho^2), rho = poli
 mismatch                      nats       mean |log policy - log behaviour| of tokens of staleness 0: what generator and
                                          learner compute differently; left out of a step without such tokens
 drift                         nats       the same of all tokens: mismatch and what the policy moved since
+drift_k1, drift_k2, drift_k3  nats       estimates of the divergence of behaviour from policy, by the formulas of `kl`
 ratio, weight                 ratio      mean rho; mean weight given by the correction
 clipped, rejected             share      tokens clipped by the loss; tokens given weight 0 by the correction
 kl                            nats       estimated divergence from the reference policy, where there is one

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from engine.algorithms.corrections import CORRECTIONS, decoupled, icepop, none, sequence, tis
+from engine.algorithms.corrections import CORRECTIONS, decoupled, icepop, none, sequence, sequence_mask, tis
 from engine.algorithms.segments import Segments
 
 RHO = torch.tensor([0.25, 2.0, 8.0, 3.0, 100.0], dtype=torch.float64)
@@ -55,6 +55,21 @@ def test_sequence_without_a_cap_does_not_overflow():
 def test_sequence_by_the_geometric_mean():
     mean = 4 ** (1 / 3)
     close(sequence(PROXIMAL, BEHAVIOUR, COMPLETIONS, cap=10.0, geometric=True), [mean, mean, mean, 3, 0])
+
+
+def test_sequence_mask_drops_whole_completions_on_both_sides():
+    close(sequence_mask(PROXIMAL, BEHAVIOUR, COMPLETIONS, low=0.5, high=3.5), [0, 0, 0, 3, 0])  # 4 and 3
+    close(sequence_mask(BEHAVIOUR, PROXIMAL, COMPLETIONS, low=0.3, high=3.5), [0, 0, 0, 1 / 3, 0])  # 1/4 and 1/3
+
+
+def test_sequence_mask_keeps_its_bounds():
+    same = torch.full((5,), -1.0, dtype=torch.float64)
+    close(sequence_mask(same, same, COMPLETIONS, low=1.0, high=1.0), [1, 1, 1, 1, 0])
+
+
+def test_sequence_mask_by_the_geometric_mean():
+    mean = 4 ** (1 / 3)
+    close(sequence_mask(PROXIMAL, BEHAVIOUR, COMPLETIONS, high=2.0, geometric=True), [mean, mean, mean, 0, 0])
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)

@@ -5,10 +5,23 @@ import math
 import pytest
 import torch
 
-from engine.algorithms.losses import LOSSES, cispo, gspo, gspo_token, ppo_clip, reinforce
+from engine.algorithms.losses import (
+    LOSSES,
+    cispo,
+    dppo,
+    gspo,
+    gspo_token,
+    icepop,
+    importance,
+    ppo_clip,
+    reinforce,
+    sapo,
+)
 from engine.algorithms.segments import Segments
 
 DEFAULTS = {"cispo": {"high": 0.5}}
+TIGHT = {"low": 0.05, "high": 0.08}
+BOUNDS = {"ppo_clip": TIGHT, "gspo": TIGHT, "dppo": TIGHT, "icepop": {"low": 0.9, "high": 1.2}}
 
 
 def tensor(*values):
@@ -78,6 +91,51 @@ def test_cispo_leaves_small_ratios_alone_by_default():
     assert clipped == [False]
 
 
+def test_importance_holds_nothing_back():
+    phi, slope, clipped = evaluate(importance, tensor(0.1, 9.0), tensor(2.0, -1.0))
+    torch.testing.assert_close(phi, tensor(-0.2, 9.0))
+    torch.testing.assert_close(slope, tensor(-0.2, 9.0))
+    assert clipped == [False, False]
+
+
+def test_icepop_drops_tokens_outside_its_band():
+    ratios, advantages = tensor(0.4, 0.5, 2.0, 5.0, 5.1, 5.1), tensor(1.0, 1.0, -3.0, 1.0, 1.0, -1.0)
+    phi, slope, clipped = evaluate(icepop, ratios, advantages, low=0.5 - 1e-12, high=5.0 + 1e-12)
+    torch.testing.assert_close(phi, tensor(0.0, -0.5, 6.0, -5.0, 0.0, 0.0))
+    torch.testing.assert_close(slope, phi)
+    assert clipped == [True, False, False, False, True, True]
+
+
+def test_icepop_keeps_its_bounds():
+    _, slope, clipped = evaluate(icepop, tensor(1.0), tensor(1.0), low=1.0, high=1.0)
+    assert slope.tolist() == [-1.0] and clipped == [False]
+
+
+def test_dppo_drops_by_probability_not_by_ratio():
+    policy, proximal = tensor(0.5, 0.5, 0.1, 0.1, 0.8, 0.004), tensor(0.25, 0.25, 0.4, 0.4, 0.9, 0.001)
+    advantage = tensor(1.0, -1.0, 1.0, -1.0, -1.0, 1.0)
+    logprob = policy.log().requires_grad_()
+    phi, clipped = dppo(logprob, proximal.log(), advantage, each(6), low=0.2, high=0.2)
+    phi.sum().backward()
+    # moved by 1/4 up, 0.3 down, 0.1 down, 0.003 up: a ratio of 4 on a rare token is no distance
+    torch.testing.assert_close(phi.detach(), tensor(0.0, 2.0, -0.25, 0.0, 8 / 9, -4.0))
+    torch.testing.assert_close(logprob.grad, phi.detach())
+    assert clipped.tolist() == [True, False, False, True, False, False]
+
+
+def test_dppo_bounds_the_two_directions_apart():
+    _, _, clipped = evaluate(dppo, tensor(1.5, 0.5), tensor(1.0, -1.0), low=0.4, high=0.1)  # e^-1 less 2/3 or 2 of it
+    assert clipped == [True, False]
+
+
+def test_sapo_fades_with_the_distance():
+    e = math.e
+    phi, slope, clipped = evaluate(sapo, tensor(2.0, 2.0), tensor(3.0, -3.0), positive=1.0, negative=2.0)
+    torch.testing.assert_close(phi, tensor(-12 * e / (1 + e), 6 * e**2 / (1 + e**2)))
+    torch.testing.assert_close(slope, tensor(-24 * e / (1 + e) ** 2, 24 * e**2 / (1 + e**2) ** 2))
+    assert clipped == [False, False]
+
+
 # Two completions: ratios 2 and 1/2 and a masked 7, geometric mean 1; ratio 4 alone, clipped.
 PAIR = Segments(torch.tensor([0, 0, 0, 1]), tensor(1.0, 1.0, 0.0, 1.0), 2)
 PAIR_RATIOS = tensor(2.0, 0.5, 7.0, 4.0)
@@ -116,7 +174,7 @@ def test_gspo_token_is_gspo_where_a_completion_has_one_advantage_and_one_weight(
     torch.testing.assert_close(*slopes)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "ppo_clip", "gspo"])
+@pytest.mark.parametrize("name", ["reinforce", "importance", "ppo_clip", "icepop", "dppo", "sapo", "gspo"])
 def test_gradients_against_finite_differences(name):
     generator = torch.Generator().manual_seed(0)
     proximal = -torch.rand(12, generator=generator, dtype=torch.float64)
@@ -124,7 +182,7 @@ def test_gradients_against_finite_differences(name):
     advantage = torch.randn(12, generator=generator, dtype=torch.float64)
     mask = (torch.arange(12) % 5 != 0).double()
     completions = Segments(torch.arange(12) // 4, mask, 3)
-    arguments = {"low": 0.05, "high": 0.08} if name != "reinforce" else {}
+    arguments = BOUNDS.get(name, {})
     assert torch.autograd.gradcheck(
         lambda x: LOSSES[name](x, proximal, advantage, completions, **arguments)[0], (logprob,)
     )

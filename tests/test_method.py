@@ -95,6 +95,9 @@ def test_the_whole_sum_by_hand():
             "ratio": sum(rho),
             "ratio_squared": rho[0] ** 2 + rho[1] ** 2,
             "drift": abs(math.log(rho[0])) + abs(math.log(rho[1])),
+            "drift_k1": -math.log(rho[0]) - math.log(rho[1]),
+            "drift_k2": (math.log(rho[0]) ** 2 + math.log(rho[1]) ** 2) / 2,
+            "drift_k3": sum(rho) - 2 - math.log(rho[0]) - math.log(rho[1]),
             "kl": sum(k),
             "entropy": 5.0,
         }
@@ -209,6 +212,22 @@ def test_means():
 def test_k1_as_a_loss_is_warned_of():
     with pytest.warns(UserWarning, match="algorithm.kl.name = 'k1'"):
         compose(Algorithm(kl={"name": "k1", "coefficient": 0.1}))
+
+
+def test_corrected_k1_is_not(recwarn):
+    compose(Algorithm(kl={"name": "k1", "coefficient": 0.1, "corrected": True}))
+    assert not recwarn.list
+
+
+def test_a_corrected_divergence_takes_its_ratio_against_the_proximal_policy():
+    logprob, _, tokens = batch(8, [3, 2])
+    assert tokens.proximal is not None and tokens.reference is not None
+    kl = {"name": "k1", "coefficient": 0.5, "corrected": True}
+    method = compose(Algorithm(correction={"name": "decoupled"}, loss={"name": "importance"}, kl=kl))
+    loss, _ = method.loss(logprob, None, tokens, num_tokens=5, num_sequences=2)
+    r, rho = (logprob - tokens.proximal).exp(), (tokens.proximal - tokens.behaviour).exp()
+    expected = -rho * tokens.advantage * r + 0.5 * r * (logprob - tokens.reference)
+    torch.testing.assert_close(loss, (expected * tokens.mask).sum() / 5)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ typedef struct {
 // Names of the sums in LeewayTerms.health, in order.
 #define LEEWAY_HEALTH_NAMES                                                                                          \
   "tokens", "loss", "drift", "ratio", "ratio_squared", "own", "mismatch", "clipped", "weight", "rejected", "kl",     \
-      "entropy", "k1", "k2", "k3"
+      "entropy", "drift_k1", "drift_k2", "drift_k3"
 enum { LEEWAY_HEALTH = 15 };
 
 // Stage A: logprob, entropy and lse of rows [begin, end).

@@ -45,13 +45,41 @@ def icepop(
 def sequence(
     proximal: Tensor, behaviour: Tensor, completions: Segments, *, cap: FromOne = 2.0, geometric: bool = False
 ) -> Tensor:
-    """w = min(prod rho, cap) over the completion's tokens, or their geometric mean: one weight a completion.
+    """w = min(s, cap), s the product of rho over the completion's tokens, or their geometric mean: one a completion.
 
     The product is the completion's true importance weight; the geometric mean does not grow with its length.
     """
+    return completions.spread(_of_sequence(proximal, behaviour, completions, geometric).clamp(max=cap)).detach()
+
+
+def sequence_mask(
+    proximal: Tensor,
+    behaviour: Tensor,
+    completions: Segments,
+    *,
+    low: UpToOne = 0.5,
+    high: FromOne = 2.0,
+    geometric: bool = False,
+) -> Tensor:
+    """w = s where low <= s <= high, else 0, s as in `sequence`: completions in disagreement do not train at all.
+
+    The aggregate still counts their tokens, so that the others do not become louder.
+    """
+    s = _of_sequence(proximal, behaviour, completions, geometric)
+    return completions.spread(torch.where((s >= low) & (s <= high), s, 0.0)).detach()
+
+
+def _of_sequence(proximal: Tensor, behaviour: Tensor, completions: Segments, geometric: bool) -> Tensor:
+    """The product or the geometric mean [S] of rho over each completion's unmasked tokens."""
     log_rho = proximal - behaviour
-    total = completions.mean(log_rho) if geometric else completions.sum(log_rho)
-    return completions.spread(bounded(total).exp().clamp(max=cap)).detach()
+    return bounded(completions.mean(log_rho) if geometric else completions.sum(log_rho)).exp()
 
 
-CORRECTIONS = {"none": none, "decoupled": decoupled, "tis": tis, "icepop": icepop, "sequence": sequence}
+CORRECTIONS = {
+    "none": none,
+    "decoupled": decoupled,
+    "tis": tis,
+    "icepop": icepop,
+    "sequence": sequence,
+    "sequence_mask": sequence_mask,
+}

@@ -2,7 +2,8 @@
 
 With r = pi / pi_proximal, each function takes the log-probabilities of the policy (with gradient) and of the proximal
 policy [N], the advantages A [N] and the completions that the tokens form. It returns phi [N], to be minimised, and
-where clipping holds the token back [N] (bool, for the metrics). Bounds are distances from a ratio of 1.
+where clipping holds the token back [N] (bool, for the metrics). Unless said otherwise, bounds are distances from a
+ratio of 1.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from engine.algorithms.ratios import bounded, ratio
 from engine.algorithms.segments import Segments
-from engine.algorithms.slots import FromOne, NonNegative, UpToOne
+from engine.algorithms.slots import FromOne, NonNegative, Positive, UpToOne
 
 Surrogate = tuple[Tensor, Tensor]
 
@@ -18,6 +19,11 @@ Surrogate = tuple[Tensor, Tensor]
 def reinforce(logprob: Tensor, proximal: Tensor, advantage: Tensor, completions: Segments) -> Surrogate:
     """phi = -A log pi; importance weighting is left to the correction."""
     return -advantage * logprob, torch.zeros_like(advantage, dtype=torch.bool)
+
+
+def importance(logprob: Tensor, proximal: Tensor, advantage: Tensor, completions: Segments) -> Surrogate:
+    """phi = -A r: importance sampling that nothing holds back; phi' = -A r."""
+    return -advantage * ratio(logprob, proximal), torch.zeros_like(advantage, dtype=torch.bool)
 
 
 def ppo_clip(
@@ -59,6 +65,62 @@ def cispo(
     r = ratio(logprob, proximal).detach()
     weight = r.clamp(1 - low, 1 + high)
     return -weight * advantage * logprob, weight != r
+
+
+def icepop(
+    logprob: Tensor,
+    proximal: Tensor,
+    advantage: Tensor,
+    completions: Segments,
+    *,
+    low: UpToOne = 0.5,
+    high: FromOne = 5.0,
+) -> Surrogate:
+    """phi = -A r where low <= r <= high, else 0: tokens on which the two policies disagree do not train.
+
+    phi' = -A r or 0 likewise. The bounds are ratios, and every token outside counts as clipped. Meant for correction
+    none, where r is against the behaviour policy. IcePop, arXiv:2510.18855; this form: INTELLECT-3, arXiv:2512.16144.
+    """
+    r = ratio(logprob, proximal)
+    dropped = (r < low) | (r > high)
+    return -advantage * torch.where(dropped, 0.0, r), dropped
+
+
+def dppo(
+    logprob: Tensor,
+    proximal: Tensor,
+    advantage: Tensor,
+    completions: Segments,
+    *,
+    low: UpToOne = 0.2,
+    high: UpToOne = 0.2,
+) -> Surrogate:
+    """phi = -A r, but 0 where pi - pi_proximal > high (A > 0) or < -low (A < 0).
+
+    phi' = -A r or 0 likewise. The token's probability itself bounds the step: a ratio says little of a rare token, and
+    too little of a likely one. DPPO with total variation, arXiv:2602.04879.
+    """
+    moved = (logprob.exp() - proximal.exp()).detach()
+    dropped = ((advantage > 0) & (moved > high)) | ((advantage < 0) & (moved < -low))
+    return -advantage * torch.where(dropped, 0.0, ratio(logprob, proximal)), dropped
+
+
+def sapo(
+    logprob: Tensor,
+    proximal: Tensor,
+    advantage: Tensor,
+    completions: Segments,
+    *,
+    positive: Positive = 1.0,
+    negative: Positive = 1.05,
+) -> Surrogate:
+    """phi = -A 4 sigmoid(tau (r - 1)) / tau, tau = `positive` where A > 0, else `negative`: a gate instead of a clip.
+
+    phi' = -A 4 g (1 - g) r with g the sigmoid, -A on policy and less the further r is from 1. SAPO, arXiv:2511.20347.
+    """
+    tau = torch.full_like(advantage, negative).masked_fill(advantage > 0, positive)
+    gate = torch.sigmoid(tau * (ratio(logprob, proximal) - 1))
+    return -advantage * 4 * gate / tau, torch.zeros_like(advantage, dtype=torch.bool)
 
 
 def gspo(
@@ -103,4 +165,14 @@ def _clip(r: Tensor, advantage: Tensor, low: float, high: float) -> Surrogate:
     return torch.maximum(free, held), held > free
 
 
-LOSSES = {"reinforce": reinforce, "ppo_clip": ppo_clip, "cispo": cispo, "gspo": gspo, "gspo_token": gspo_token}
+LOSSES = {
+    "reinforce": reinforce,
+    "importance": importance,
+    "ppo_clip": ppo_clip,
+    "cispo": cispo,
+    "icepop": icepop,
+    "dppo": dppo,
+    "sapo": sapo,
+    "gspo": gspo,
+    "gspo_token": gspo_token,
+}

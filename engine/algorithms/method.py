@@ -56,7 +56,7 @@ class Method:
     correction: Callable[[Tensor, Tensor, Segments], Tensor]
     surrogate: Callable[[Tensor, Tensor, Tensor, Segments], Surrogate]
     aggregate: Callable[[Segments, Tensor, int, int], Tensor]
-    divergence: Callable[[Tensor, Tensor], Tensor]
+    divergence: Callable[[Tensor, Tensor, Tensor], Tensor]
     kl_coefficient: float  # beta, which `divergence` has multiplied in
     entropy_coefficient: float  # eta
     needs_proximal: bool  # the learner's own log-probabilities at the start of the step
@@ -88,7 +88,7 @@ class Method:
         health = _drift(logprob, tokens) | {"clipped": clipped, "weight": w, "rejected": w == 0}
         if self.needs_reference:
             assert tokens.reference is not None, "this method needs the reference's log-probabilities"
-            beta_k = self.divergence(logprob, tokens.reference)
+            beta_k = self.divergence(logprob, tokens.reference, proximal)
             penalised = penalised + beta_k
             health["kl"] = beta_k / self.kl_coefficient
         if self.needs_entropy:
@@ -109,6 +109,8 @@ def _drift(logprob: Tensor, tokens: Tokens) -> dict[str, Tensor]:
     rho = ratio(logprob.detach(), tokens.behaviour)
     drift = (logprob.detach() - tokens.behaviour).abs()
     figures = {"drift": drift, "ratio": rho, "ratio_squared": rho.square()}
+    for name, k in DIVERGENCES.items():  # of KL(behaviour, policy), as the behaviour policy sampled
+        figures[f"drift_{name}"] = k(tokens.behaviour, logprob.detach(), tokens.behaviour, coefficient=1.0)
     return figures if tokens.own is None else figures | {"own": tokens.own, "mismatch": drift * tokens.own}
 
 
@@ -121,8 +123,8 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
 
     `clipped` and `rejected` (by the correction) are shares of the tokens; `drift` is |log pi - log pi_behaviour|, and
     `mismatch` the same of the policy's own tokens, left out where there are none: it would be 0 if generator and
-    learner computed alike. The effective sample size is (sum rho)^2 / (N sum rho^2), rho = pi / pi_behaviour: 1 on
-    policy, 1/N at worst.
+    learner computed alike. `drift_k1` to `drift_k3` estimate KL(pi_behaviour, pi). The effective sample size is
+    (sum rho)^2 / (N sum rho^2), rho = pi / pi_behaviour: 1 on policy, 1/N at worst.
     """
     num_tokens = sums["tokens"]
     if num_tokens == 0:
@@ -138,12 +140,13 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
 def compose(config: Algorithm) -> Method:
     """The method that a configuration names. Raises `ConfigError` for an unknown name or key or a value out of range.
 
-    Warns of k1 with a coefficient: its gradient is noise around zero.
+    Warns of k1 with a coefficient and uncorrected: its gradient is noise around zero.
     """
     divergence = bind("algorithm.kl", config.kl, DIVERGENCES)
     kl_coefficient = divergence.keywords["coefficient"]
-    if divergence.func is k1 and kl_coefficient != 0:
-        warnings.warn("algorithm.kl.name = 'k1': has no gradient on average; k2 and k3 do", stacklevel=2)
+    if divergence.func is k1 and kl_coefficient != 0 and not divergence.keywords.get("corrected", False):
+        line = "algorithm.kl.name = 'k1': has no gradient on average unless corrected; k2 and k3 do"
+        warnings.warn(line, stacklevel=2)
     correction = bind("algorithm.correction", config.correction, CORRECTIONS)
     return Method(
         advantages=bind("algorithm.advantage", config.advantage, ADVANTAGES),
