@@ -105,8 +105,16 @@ def load(path: Path, learner: Learner) -> Manifest:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint of `run`; None where there is none."""
-    return next((path for path in _newest_first(run / "checkpoints") if is_whole(path)), None)
+    """The newest whole checkpoint of `run`; None where none was made yet.
+
+    Raises `ConfigError` where there are some and none is whole: to begin again would undo the run silently.
+    """
+    made = _newest_first(run / "checkpoints")
+    whole = next((path for path in made if is_whole(path)), None)
+    if made and whole is None:
+        torn = ", ".join(path.name for path in made)
+        raise ConfigError(f"--resume = {run}: none of its checkpoints is whole: {torn}")
+    return whole
 
 
 def read(path: Path) -> Manifest:

@@ -170,15 +170,15 @@ class Coordinator:
         member = self.roster.members[generator]
         member.seen_s, member.num_wanted = now, num_samples
 
-    def applied(self, generator: str, incarnation: int, version: int, now: float) -> None:
-        """The generator samples with `version` from now on."""
+    def applied(self, generator: str, incarnation: int, version: int, now: float, detail: str = "") -> None:
+        """The generator samples with `version` from now on; `detail` goes to the ledger."""
         self.roster.members[generator].seen_s = now
         if incarnation != self.incarnation:
             return
         self.roster.apply(generator, version, self.tickets.settled, now)
         self.tickets.settle(self.roster.applied_by_all)
         with self._ledger.transaction():
-            self._ledger.event("applied", version=version, generator=generator)
+            self._ledger.event("applied", version=version, generator=generator, detail=detail)
 
     def heartbeat(self, generator: str, beat: Heartbeat, now: float) -> None:
         """A sign of life. A lease that was granted before the last heartbeat and is not held now never arrived."""

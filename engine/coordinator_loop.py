@@ -1,6 +1,7 @@
 """The coordinator's process: messages in, leases and groups out, around the state machine in `coordinator`."""
 
 import argparse
+import json
 import signal
 import sys
 import time
@@ -88,7 +89,7 @@ class CoordinatorLoop:
         }
         self._generator_handlers = {
             Request: lambda peer, m, now: self._coordinator.request(peer, m.num_samples, now),
-            Applied: lambda peer, m, now: self._coordinator.applied(peer, m.incarnation, m.version, now),
+            Applied: self._on_applied,
             Heartbeat: self._on_heartbeat,
             Failure: lambda peer, m, now: self._hub.send(peer, self._coordinator.failure(peer, m, now)),
             Bye: lambda peer, m, now: self._coordinator.leave(peer, "left", now),
@@ -149,6 +150,10 @@ class CoordinatorLoop:
         if self._version is not None:
             self._hub.send(peer, Publish(self._incarnation, self._version))
         print(f"{peer} joined from {hello.host}, pid {hello.pid}", flush=True)
+
+    def _on_applied(self, peer: str, message: Applied, now: float) -> None:
+        cost = json.dumps({"stage_s": message.stage_s, "pause_s": message.pause_s})
+        self._coordinator.applied(peer, message.incarnation, message.version, now, cost)
 
     def _on_heartbeat(self, peer: str, beat: Heartbeat, now: float) -> None:
         self._coordinator.heartbeat(peer, beat, now)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from engine import checkpoint, metrics, parallel
 from engine.algorithms.method import Method, compose
@@ -21,8 +21,9 @@ from engine.process import StopSignal, Supervisor
 from engine.progress import Progress
 from engine.rollouts import Rollouts
 from engine.run_directory import RunDirectory
-from engine.schema import Evaluation, Group, State, Taken, Trained
+from engine.schema import Evaluation, Group, Taken, Trained
 from engine.scores import Shape, shape_by
+from engine.summary import records, summarise
 from engine.weights import Manifest, Publisher
 
 
@@ -34,7 +35,13 @@ class Job:
     """One learner rank's view of a running job."""
 
     def __init__(
-        self, config: Config, run: RunDirectory, seat: Seat, stop: StopSignal, policy: nn.Module, resume: Path | None
+        self,
+        config: Config,
+        run: RunDirectory,
+        seat: Seat,
+        stop: StopSignal,
+        policy: PreTrainedModel,
+        resume: Path | None,
     ):
         self.config, self.run, self.seat, self.stop = config, run, seat, stop
         self.lead = seat.rank == 0
@@ -59,8 +66,6 @@ class Job:
         self.recorder = metrics.Recorder(config, run.metrics, run.tensorboard) if self.lead else None
         self.pace = metrics.Pace()
         self.holds_out = any(domain.eval_prompts or domain.eval_path for domain in config.domains)
-        self.evaluations: dict[str, Evaluation] = {}
-        self.max_trained_staleness = 0
 
     def _start_generators(self) -> list[Supervisor]:
         supervisors = []
@@ -107,8 +112,8 @@ class Job:
         self.rollouts.trained(Trained(self.learner.version, [group.group_id for group in taken.groups], end, reason))
         stale = sum(update.num_stale_tokens for update in updates)
         trained = sum(update.num_tokens for update in updates) - stale
-        self.max_trained_staleness = max(self.max_trained_staleness, trained_staleness(updates, version))
-        return {**report, "trained_tokens": trained, **metrics.rollouts(taken, version)}
+        oldest = {"trained_staleness_max": trained_staleness(updates, version)}
+        return {**report, "trained_tokens": trained, **oldest, **metrics.rollouts(taken, version)}
 
     def record(self, taken: Taken, waited_s: float, report: dict[str, Any]) -> None:
         if self.recorder is None or self.progress is None:
@@ -123,7 +128,6 @@ class Job:
     def report_evaluation(self, evaluation: Evaluation) -> None:
         if self.recorder is None or self.progress is None:
             return
-        self.evaluations[evaluation.name] = evaluation
         self.recorder.record(metrics.evaluation_record(evaluation, evaluation.last_version))
         scores = ", ".join(f"{name} {s.accuracy:.1%} ± {s.stderr:.1%}" for name, s in evaluation.scores.items())
         span = f"version {evaluation.first_version}"
@@ -186,31 +190,10 @@ class Job:
         if state is not None:
             for evaluation in state.completed_evaluations:
                 self.report_evaluation(evaluation)
-            summary = self.summary(state)
+            wall_s = time.monotonic() - self.started
+            summary = summarise(records(self.run.metrics), state, wall_s)
             self.run.summary.write_text(json.dumps(summary, indent=2))
             self.show(summary)
-
-    def summary(self, state: State) -> dict[str, Any]:
-        before, after = self.evaluations.get("before"), self.evaluations.get("after")
-        score = after.scores["all"] if after else None
-        return {
-            "accuracy_before": before.scores["all"].accuracy if before else None,
-            "accuracy_after": score.accuracy if score else None,
-            "accuracy_stderr": score.stderr if score else None,
-            "domains": {
-                name: {"before": before.scores[name].accuracy, "after": after.scores[name].accuracy}
-                for name in (after.scores if before and after else {})
-                if before and after and name != "all"
-            },
-            "wall_s": time.monotonic() - self.started,
-            "steps": self.learner.version,
-            "trained_tokens": self.pace.trained_tokens,
-            "generated_tokens": state.generated_tokens,
-            "max_trained_staleness": self.max_trained_staleness,
-            "groups": state.ends,
-            "learner_idle": self.pace.learner_idle,
-            "generator_idle": self.pace.generator_idle,
-        }
 
     def show(self, summary: dict[str, Any]) -> None:
         assert self.progress is not None

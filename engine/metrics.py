@@ -10,6 +10,7 @@ num_invalid                   count      completions beyond judgement: in no fig
 length, length_max            tokens     mean and longest completion
 truncated                     share      completions cut off at the token limit
 staleness, staleness_max      versions   mean and largest age of a token: version trained at - version sampled by
+trained_staleness_max         versions   the largest age of a token that carried a gradient
 staleness_in_flight           versions   mean part of it that the token had when its group arrived
 staleness_in_queue            versions   mean part of it that the group spent waiting to be trained
 staleness_histogram           tokens     how many tokens were 0, 1, 2, ... versions old
@@ -200,23 +201,6 @@ class Pace:
             * len(state.generators),
             "bottleneck": bottleneck(recent.learner_idle, recent.generator_idle),
         }
-
-    @property
-    def total(self) -> Totals:
-        """From the first step to the end of the last."""
-        return Totals(0.0, 0.0, 0, 0, 0.0, 0.0) if self._first is None else self._recent[-1].since(self._first)
-
-    @property
-    def trained_tokens(self) -> int:
-        return self.total.trained_tokens
-
-    @property
-    def learner_idle(self) -> float:
-        return self.total.learner_idle
-
-    @property
-    def generator_idle(self) -> float:
-        return self.total.generator_idle
 
 
 def _ratio(part: float, whole: float) -> float:

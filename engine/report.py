@@ -15,37 +15,21 @@ from rich.table import Table
 from engine.curves import PHASES, Row, domains, draw, other_s
 from engine.metrics import bottleneck
 from engine.run_directory import RunDirectory
+from engine.summary import records
 
 NUM_SLOWEST = 3  # steps shown
 WIDTH = 110  # where the output is no terminal
 
 ENDS = "SELECT state, coalesce(reason, ''), count(*) FROM groups GROUP BY 1, 2 ORDER BY 3 DESC"
+UPDATES = """
+SELECT count(*), avg(json_extract(detail, '$.stage_s')), avg(json_extract(detail, '$.pause_s')),
+       max(json_extract(detail, '$.pause_s')) FROM events WHERE event = 'applied'
+"""
 STAGES = {
     "sampled and scored": "arrived - leased",
     "waiting to be taken": "taken - arrived",
     "trained": "ended - taken",
 }
-
-
-def records(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl` that count, in their order.
-
-    A torn last line (the job was killed) is left out. A resume undoes what came after its checkpoint: a step undoes
-    the earlier rows that are not of an earlier step.
-    """
-    rows: list[Row] = []
-    highest = -1  # step among `rows`
-    for text in path.read_text().splitlines():
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if row["kind"] == "step" and row["step"] <= highest:
-            rows = [earlier for earlier in rows if earlier["step"] < row["step"]]
-            highest = row["step"]
-        highest = max(highest, row["step"])
-        rows.append(row)
-    return rows
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -73,6 +57,13 @@ def groups_by_stage(ledger: sqlite3.Connection) -> Table:
         if count:
             rows.append((name, count, f"{mean_s:.2f}", f"{longest_s:.2f}"))
     return table("A group's life", ("stage", "groups", "mean s", "longest s"), rows)
+
+
+def weight_updates(ledger: sqlite3.Connection) -> Table:
+    """What new weights cost the generators: copied and verified while they sample, applied while they stand still."""
+    count, stage_s, pause_s, longest_s = ledger.execute(UPDATES).fetchone()
+    rows = [(count, *(f"{seconds:.3f}" for seconds in (stage_s, pause_s, longest_s)))] if count else []
+    return table("Weights at the generators", ("versions applied", "stage s", "pause s", "longest pause s"), rows)
 
 
 def evaluated(evaluations: list[Row]) -> Table:
@@ -139,7 +130,7 @@ def report(run: RunDirectory, out: Path, console: Console) -> None:
     steps = [row for row in rows if row["kind"] == "step"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     with contextlib.closing(sqlite3.connect(f"{run.ledger.as_uri()}?mode=ro", uri=True)) as ledger:
-        console.print(groups_by_end(ledger), groups_by_stage(ledger))
+        console.print(groups_by_end(ledger), groups_by_stage(ledger), weight_updates(ledger))
     if evaluations:
         console.print(evaluated(evaluations))
     if steps:

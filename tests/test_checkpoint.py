@@ -119,7 +119,15 @@ def test_files_of_others_are_sealed_in(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, config, learner, lambda folder: (folder / "cursor.bin").write_bytes(b"7"))
     assert checkpoint.read(path).files["cursor.bin"].size == 1
     (path / "cursor.bin").write_bytes(b"8")
-    assert checkpoint.latest(tmp_path) is None
+    assert not checkpoint.is_whole(path)
+
+
+def test_a_run_whose_checkpoints_are_all_torn_is_not_begun_again(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    for name in names(tmp_path):
+        lose_manifest(tmp_path / "checkpoints" / name)
+    with pytest.raises(ConfigError, match="none of its checkpoints is whole: step-2, step-1"):
+        checkpoint.latest(tmp_path)
 
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ FLOORS = [
         "engine.policy",
         "engine.weights",
         "engine.metrics",
+        "engine.summary",
         "engine.curves",
         "engine.progress",
         "engine.placement",
@@ -54,6 +55,7 @@ FLOORS = [
 
 TORCH_FREE = {
     "engine.metrics",
+    "engine.summary",
     "engine.curves",
     "engine.progress",
     "engine.report",

@@ -12,8 +12,9 @@ import pytest
 from engine import curves
 from engine.curves import domains, draw, series, smooth
 from engine.ledger import Ledger
-from engine.report import flat, main, records, verdict
+from engine.report import flat, main, verdict
 from engine.schema import Lease, Sampling
+from engine.summary import records
 
 PNG = b"\x89PNG\r\n"
 
@@ -68,6 +69,8 @@ def run_of(directory: Path, rows: list[dict[str, Any]], torn: str = "") -> Path:
         now_s[0] = 6.0
         ledger.taken(1, [0, 1], [])
         ledger.ended([0], "trained")
+        ledger.event("applied", version=0, generator="g", detail='{"stage_s": 0.5, "pause_s": 0.25}')
+        ledger.event("applied", version=1, generator="g", detail='{"stage_s": 1.5, "pause_s": 0.75}')
         now_s[0] = 7.0
         ledger.ended([1], "failed", "non-finite update")
     ledger.close()
@@ -124,6 +127,7 @@ def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "sampled and scored 2 3.00 4.00",
         "waiting to be taken 2 3.00 4.00",
         "trained 2 0.50 1.00",
+        "2 1.000 0.500 0.750",
         "before 0 25.0% ± 1.2% 25.0% ± -",
         "step 2 2 to 4 25.0% ± 1.2% 25.0% ± -",
         "The learner's 60 s",
