@@ -48,7 +48,7 @@ typedef struct {
   const void* proximal;        // [N]; null: the policy's own
   const void* reference;       // [N]; null without a divergence
   const void* advantage;       // [N]
-  const void* mask;            // [N], 0 or 1
+  const void* mask;            // [N], 0 or 1: what a masked token holds otherwise is not looked at
   const void* omega;           // [N] what the token counts in the loss, 0 where masked
   const int32_t* staleness;    // [N] the policy's version less the token's; null: unknown
   int32_t moved;               // the policy was updated since its version was made: no token is its own any more
@@ -71,13 +71,14 @@ typedef struct {
   const void* slope_entropy;   // [N] d loss / d entropy  } null: 0
 } LeewayRows;
 
-// What each token makes of its log-probability. Any output may be null.
+// What each token makes of its log-probability; 0 where masked, whatever the log-probability is. Any may be null.
 typedef struct {
   void* loss;                  // [N] omega (w phi + beta k - eta H)
-  void* ratio;                 // [N] pi / pi_proximal
+  void* ratio;                 // [N] pi / pi_proximal, which the surrogate clips; of both GSPO the sequence's
   void* coefficient;           // [N] d loss / d logprob
   void* slope_entropy;         // [N] d loss / d entropy
-  double* health;              // [LEEWAY_HEALTH + num_bins] sums over unmasked tokens, then the staleness histogram
+  double* health;              // [S, LEEWAY_HEALTH + num_bins] each sequence's sums over its unmasked tokens, then its
+                               // staleness histogram, the last bin open: who adds the rows chooses the order
 } LeewayTerms;
 
 // Names of the sums in LeewayTerms.health, in order.
@@ -90,18 +91,18 @@ enum { LEEWAY_HEALTH = 15 };
 void leeway_row_stats_cpu(const LeewayRows*, int64_t begin, int64_t end);
 // Stage C: grad of rows [begin, end) from logits, lse, entropy and the two slopes.
 void leeway_row_grad_cpu(const LeewayRows*, int64_t begin, int64_t end);
-// A, B and C in one pass over a row held in cache; only for recipes that look at one token at a time.
+// A, B and C in one pass over a row held in cache; only for recipes that look at one token at a time. What else is
+// wanted of the tokens, token_terms makes of `logprob` and `entropy`.
 void leeway_row_loss_cpu(const LeewayRows*, const LeewayTokens*, const LeewayRecipe*, int64_t begin, int64_t end);
-// Stage B over sequences [begin, end) given rows' logprob and entropy; `health` is this call's own partial sum.
+// Stage B over sequences [begin, end) given rows' logprob and entropy (null: 0).
 void leeway_token_terms_cpu(const LeewayTokens*, const LeewayRecipe*, const void* logprob, const void* entropy,
                             const LeewayTerms*, int64_t begin, int64_t end);
 
 int leeway_row_stats_cuda(const LeewayRows*, void* stream);
 int leeway_row_grad_cuda(const LeewayRows*, void* stream);
 int leeway_row_loss_cuda(const LeewayRows*, const LeewayTokens*, const LeewayRecipe*, void* stream);
-// `partial` is scratch [S, LEEWAY_HEALTH + num_bins]; the sums do not depend on the order of execution.
 int leeway_token_terms_cuda(const LeewayTokens*, const LeewayRecipe*, const void* logprob, const void* entropy,
-                            const LeewayTerms*, double* partial, void* stream);
+                            const LeewayTerms*, void* stream);
 
 #ifdef __cplusplus
 }
