@@ -116,13 +116,13 @@ def _build(config: Config, source: Model, tokens: PreTrainedTokenizerBase) -> Pr
     return policy
 
 
-def prepare(config: Config) -> RunDirectory:
+def prepare(config: Config, stop: StopSignal) -> RunDirectory:
     """A fresh run's directory with its tokenizer and the description of its model, and for a model made here its
     weights too, warmed up where the configuration says so."""
     tokens = tokenizer.load(config.model)
     policy = _build(config, config.model, tokens)
     if config.warm_start.steps:
-        warm_start.warm_start(config, policy, tokens)
+        warm_start.warm_start(config, policy, tokens, stop)
 
     def write_model(folder: Path) -> None:
         for name, content in {**tokenizer.files(tokens), **describe(policy)}.items():
@@ -136,7 +136,7 @@ def prepare(config: Config) -> RunDirectory:
 def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> int:
     store = rendezvous(place, config.deadlines.prepare_s)
     if place.rank == 0:
-        run = prepare(config) if resume is None else reopen(Path(resume), config)
+        run = prepare(config, stop) if resume is None else reopen(Path(resume), config)
         if store is not None:
             store.set(RUN_KEY, str(run.path))
     else:

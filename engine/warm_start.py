@@ -21,6 +21,7 @@ from engine.attention import Layout
 from engine.config import Config
 from engine.model import hidden_states, lm_head
 from engine.policy import named_tensors
+from engine.process import StopSignal
 from engine.prompts import Prompts
 
 FORMAT = 2  # part of the cache's key: raise it when this file trains differently
@@ -30,13 +31,14 @@ def warm_start(
     config: Config,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    stop: StopSignal,
     say: Callable[[str], None] = print,
 ) -> None:
     """Trains `policy` in place by cross-entropy on the answers of `warm_start.steps` batches of training prompts,
     learning rate rising linearly and then constant; or loads what an equal call trained before.
 
     A share `warm_start.noise` of the demonstrations carries the answer of another prompt. The held-out prompts are
-    never among them.
+    never among them. Raises `Stopped` where `stop` asks for it.
     """
     cached = Path(config.warm_start.cache).expanduser() / f"{_key(config, policy)}.safetensors"
     if cached.exists():
@@ -45,7 +47,7 @@ def warm_start(
         return
     started = time.monotonic()
     say(f"warm start: {config.warm_start.steps} supervised steps of {config.warm_start.batch_size} demonstrations")
-    loss = _train(config, policy, tokenizer, Prompts(_demonstrated(config), tokenizer))
+    loss = _train(config, policy, tokenizer, Prompts(_demonstrated(config), tokenizer), stop)
     _write(policy, cached)
     say(f"warm start took {time.monotonic() - started:.0f} s, last loss {loss:.3f}; kept as {cached}")
 
@@ -77,13 +79,17 @@ def _demonstrated(config: Config) -> Config:
     return msgspec.structs.replace(config, domains=domains)
 
 
-def _train(config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> float:
+def _train(
+    config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, stop: StopSignal
+) -> float:
     settings = config.warm_start
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     random = np.random.default_rng(config.run.seed)
     policy.train()
     last = 0.0
     for step in range(settings.steps):
+        if stop.asked:
+            raise stop.error()
         optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup_steps))
         pairs = [_demonstration(tokenizer, prompts) for _ in range(settings.batch_size)]
         loss = _loss(policy, _noisy(pairs, settings.noise, random))

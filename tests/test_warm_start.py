@@ -14,6 +14,7 @@ from engine.attention import Layout
 from engine.config import Config, parse
 from engine.model import build, hidden_states, lm_head
 from engine.policy import named_tensors
+from engine.process import Stopped, StopSignal
 
 
 def copy_letter(seed: int, index: int) -> dict[str, str]:
@@ -38,11 +39,18 @@ def configure(cache: Path, **changes: dict[str, Any]) -> Config:
     return parse(table)
 
 
-def warmed(config: Config, said: list[str] | None = None) -> PreTrainedModel:
+class Signal(StopSignal):
+    """One that no process signal raises."""
+
+    def __init__(self, asked: bool):
+        self.asked = asked
+
+
+def warmed(config: Config, said: list[str] | None = None, asked: bool = False) -> PreTrainedModel:
     """A fresh model after its warm start."""
     tokens = tokenizer.load(config.model)
     policy = build(config.model, vocab_size=len(tokens), eos_id=1, pad_id=0, seed=config.run.seed)
-    warm_start.warm_start(config, policy, tokens, [].append if said is None else said.append)
+    warm_start.warm_start(config, policy, tokens, Signal(asked), [].append if said is None else said.append)
     return policy
 
 
@@ -52,6 +60,12 @@ def equal(a: PreTrainedModel, b: PreTrainedModel) -> bool:
 
 def cached(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+def test_it_ends_when_asked_and_keeps_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        warmed(configure(tmp_path), asked=True)
+    assert cached(tmp_path) == []
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------
