@@ -171,9 +171,8 @@ def generator_rank(config: Config, place: Seat, stop: StopSignal, resume: str | 
     run = RunDirectory(Path(store.get(RUN_KEY).decode()))
     run.logs.mkdir(parents=True, exist_ok=True)  # on a host that does not share the run's file system
     name = f"generator-rank-{place.rank}"
-    supervisor = Supervisor(
-        name, "engine.actor_loop", ["--join", address, "--name", name], run.logs / f"{name}.log", place.child_threads
-    )
+    arguments, log = ["--join", address, "--name", name], run.logs / f"{name}.log"
+    supervisor = Supervisor(name, "engine.actor_loop", arguments, log, place.child_threads, place.child_gpus)
     supervisor.start()
     supervisor.wait(stop)
     supervisor.stop(1.0)

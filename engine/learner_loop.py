@@ -73,7 +73,8 @@ class Job:
             name = f"generator-{number}"
             arguments = ["--join", self.rollouts.address, "--name", name]
             log = self.run.logs / f"{name}.log"
-            supervisors.append(Supervisor(name, "engine.actor_loop", arguments, log, self.seat.child_threads))
+            gpus = self.seat.child_gpus[number : number + 1]
+            supervisors.append(Supervisor(name, "engine.actor_loop", arguments, log, self.seat.child_threads, gpus))
             supervisors[-1].start()
         return supervisors
 

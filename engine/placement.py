@@ -27,6 +27,7 @@ class Seat(msgspec.Struct, frozen=True):
     device: str
     threads: int  # of torch, in this rank
     child_threads: int  # of torch, in each child
+    child_gpus: list[str] = []  # for each child the GPU that it sees, as CUDA_VISIBLE_DEVICES names it; none without
 
     @property
     def role(self) -> Literal["learner", "generator"]:
@@ -38,7 +39,9 @@ def seat(config: Config, environ: Mapping[str, str] = os.environ) -> Seat:
 
     The first `placement.learners` ranks learn, every other one supervises a generator. Where no rank is left for
     that, rank 0 supervises `generator.local` children. A host's cores are divided evenly among all that compute on it:
-    its learners and its generators. Raises `ConfigError` where the numbers do not fit.
+    its learners and its generators. A learner takes the GPU of its local rank; so does the child of a generator rank,
+    and those of rank 0 take the GPUs behind the learners', or share them. Raises `ConfigError` where the numbers do not
+    fit.
     """
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(environ.get("LOCAL_RANK", 0)), int(environ.get("LOCAL_WORLD_SIZE", 1))
@@ -64,7 +67,16 @@ def seat(config: Config, environ: Mapping[str, str] = os.environ) -> Seat:
         device=device,
         threads=config.learner.threads or share,
         child_threads=config.generator.threads or share,
+        child_gpus=_gpus(config, local_rank if rank >= learners else local_world, children, environ),
     )
+
+
+def _gpus(config: Config, first: int, num: int, environ: Mapping[str, str]) -> list[str]:
+    """One GPU for each of `num` children, from number `first` on and round again; none where the user names one."""
+    if config.generator.device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return []
+    visible = environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    return [visible[(first + number) % len(visible)] for number in range(num)]
 
 
 def check_devices(config: Config, seat: Seat) -> None:

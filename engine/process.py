@@ -34,8 +34,9 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """The environment of a child that is no torchrun rank, with `threads` threads for its numerical libraries."""
+def child_environment(threads: int, gpus: list[str]) -> dict[str, str]:
+    """The environment of a child that is no torchrun rank, with `threads` threads for its numerical libraries; where
+    `gpus` names some, it sees no others."""
     kept = {
         key: value
         for key, value in os.environ.items()
@@ -45,19 +46,23 @@ def child_environment(threads: int) -> dict[str, str]:
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, (root, kept.get("PYTHONPATH"), os.getcwd())))
     kept["OMP_NUM_THREADS"] = str(threads)
     kept[PARENT] = str(os.getpid())
+    if gpus:
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return kept
 
 
 class Child:
     """One child process running `python -m module arguments`; its output goes to `log`."""
 
-    def __init__(self, name: str, module: str, arguments: list[str], log: Path, threads: int = 1):
+    def __init__(
+        self, name: str, module: str, arguments: list[str], log: Path, threads: int = 1, gpus: list[str] | None = None
+    ):
         self.name = name
         self.log = log
         with log.open("ab") as out:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                env=child_environment(threads),
+                env=child_environment(threads, gpus or []),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -99,9 +104,11 @@ class Supervisor(threading.Thread):
     called, or it died `MOST_QUICK_DEATHS` times in a row within a minute of its start: then the supervisor gives up.
     Every death is told on standard error."""
 
-    def __init__(self, name: str, module: str, arguments: list[str], log: Path, threads: int):
+    def __init__(
+        self, name: str, module: str, arguments: list[str], log: Path, threads: int, gpus: list[str] | None = None
+    ):
         super().__init__(name=f"supervisor of {name}", daemon=True)
-        self._spawn = lambda: Child(name, module, arguments, log, threads)
+        self._spawn = lambda: Child(name, module, arguments, log, threads, gpus)
         self._halt_read, self._halt_write = os.pipe()
         self._end_read, self._end_write = os.pipe()
         self.fd, self._gave_up = os.pipe()  # readable once it gave up

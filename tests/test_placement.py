@@ -36,6 +36,17 @@ def seats(*hosts: int, overrides: tuple[str, ...] = ()) -> list[Seat]:
     ]
 
 
+def test_generators_take_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [each.child_gpus for each in seats(3)] == [[], [], ["2"]]
+    assert [each.device for each in seats(3)] == ["cuda:0", "cuda:1", "cuda:2"]
+    lead, other = seats(2, overrides=("placement.learners=2", "generator.local=3"))
+    assert (lead.child_gpus, other.child_gpus) == (["2", "3", "0"], [])  # more than there are GPUs: some share
+    assert seat(learning.configure(), {"CUDA_VISIBLE_DEVICES": "5,GPU-7f"}).child_gpus == ["GPU-7f"]
+    assert seat(learning.configure("generator.device='cpu'"), {}).child_gpus == []
+
+
 def test_without_torchrun_one_rank_learns_and_supervises() -> None:
     alone = seat(learning.configure(), {})
     assert alone == seats(1)[0]

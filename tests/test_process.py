@@ -30,9 +30,15 @@ def until(condition, seconds: float = 15.0) -> bool:
 def test_torchrun_variables_do_not_reach_a_child(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "KEPT"):
         monkeypatch.setenv(name, "1")
-    kept = child_environment(threads=3)
+    kept = child_environment(threads=3, gpus=[])
     assert kept["KEPT"] == "1" and kept["OMP_NUM_THREADS"] == "3" and kept[PARENT] == str(os.getpid())
     assert not {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "GROUP_RANK"} & kept.keys()
+
+
+def test_a_child_sees_the_gpus_it_is_given(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert child_environment(threads=1, gpus=["2"])["CUDA_VISIBLE_DEVICES"] == "2"
+    assert child_environment(threads=1, gpus=[])["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
 def test_a_dead_child_is_an_event_that_tells_its_last_words(tmp_path, monkeypatch):
