@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import xxhash
 
 from engine.config import Config, ConfigError, load, to_toml
 from engine.ledger import check_filesystem
@@ -37,12 +38,14 @@ PINNED = (
 
 
 class RunDirectory:
-    """Paths of a run. `config.toml` as resolved, `ledger.db`, `metrics.jsonl`, `stream/`, `checkpoints/`, `logs/`,
-    `model/` (tokenizer and model configuration), `export/` and at the end `summary.json`."""
+    """Paths of a run. `config.toml` as resolved, `data.json` (digests of the user's files), `ledger.db`,
+    `metrics.jsonl`, `stream/`, `checkpoints/`, `logs/`, `model/` (tokenizer and model configuration), `export/` and at
+    the end `summary.json`."""
 
     def __init__(self, path: Path):
         self.path = path.resolve()
         self.config = self.path / "config.toml"
+        self.data = self.path / "data.json"
         self.ledger = self.path / "ledger.db"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
@@ -89,8 +92,19 @@ def create(config: Config, write_model: Callable[[Path], None] = lambda folder: 
         folder.mkdir()
     run.occupy()
     write_model(run.model)
+    run.data.write_bytes(msgspec.json.encode(data_digests(config)))
     run.config.write_text(to_toml(config))
     return run
+
+
+def data_digests(config: Config) -> dict[str, str]:
+    """xxh3-64 of every file of prompts, by the field that names it."""
+    return {
+        f"domains.{number}.{field}": xxhash.xxh3_64_hexdigest(Path(path).read_bytes())
+        for number, domain in enumerate(config.domains)
+        for field, path in (("path", domain.path), ("eval_path", domain.eval_path))
+        if path
+    }
 
 
 def _numbered(root: Path, name: str) -> RunDirectory:
@@ -152,6 +166,11 @@ def check_resumable(path: Path, config: Config) -> None:
         if before != now:
             name, was, is_now = _first_difference(field, before, now)
             raise ConfigError(f"{name} = {is_now!r}: the run to resume has {was!r}, which a resume may not change")
+    kept = msgspec.json.decode(run.data.read_bytes(), type=dict[str, str])
+    for field, digest in data_digests(config).items():
+        if kept[field] != digest:
+            path = _at(new, field)
+            raise ConfigError(f"{field} = {path!r}: the file has changed since the run to resume began")
 
 
 def reopen(path: Path, config: Config) -> RunDirectory:
@@ -165,7 +184,7 @@ def reopen(path: Path, config: Config) -> RunDirectory:
 
 def _at(table: Any, dotted: str) -> Any:
     for key in dotted.split("."):
-        table = table[key]
+        table = table[int(key) if isinstance(table, list) else key]
     return table
 
 

@@ -47,7 +47,7 @@ def test_fresh_run_holds_its_resolved_configuration(tmp_path: Path) -> None:
     settings = config(tmp_path, "run.seed=7")
     run = create(settings)
     assert load(run.config) == settings
-    made = {"config.toml", "stream", "checkpoints", "lock", "logs", "model"}
+    made = {"config.toml", "data.json", "stream", "checkpoints", "lock", "logs", "model"}
     assert {path.name for path in run.path.iterdir()} == made
 
 
@@ -171,6 +171,17 @@ def test_resume_refuses_another_model_data_or_algorithm(tmp_path: Path, override
     with pytest.raises(ConfigError, match=f"^{message} which a resume may not change$"):
         reopen(run.path, config(tmp_path, override))
     assert run.config.read_bytes() == before
+
+
+def test_resume_refuses_a_data_file_that_has_changed(tmp_path: Path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "a", "answer": "b"}\n')
+    options = ("domains.0.source=file", f"domains.0.path={data}")
+    run = create(config(tmp_path, *options))
+    check_resumable(run.path, config(tmp_path, *options))
+    data.write_text('{"prompt": "a", "answer": "c"}\n')
+    with pytest.raises(ConfigError, match=rf"^domains\.0\.path = '{data}': the file has changed since"):
+        check_resumable(run.path, config(tmp_path, *options))
 
 
 def test_every_pinned_field_exists(tmp_path: Path) -> None:
