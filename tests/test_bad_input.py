@@ -82,7 +82,7 @@ def model(path: Path, *, context: int = 64, eos: str | None = "<eos>") -> Path:
         ("--learner.tokens_per_micro_batch=31", ["learner.tokens_per_micro_batch = 31", "model.context = 32"]),
         ("--generator.max_new_tokens=32", ["generator.max_new_tokens = 32", "model.context = 32"]),
         ("--generator.top_k=5", ["generator.top_k = 5", "top_k = 0"]),
-        ("--algorithm.loss={ name = 'ppo_klip' }", ["algorithm.loss.name = 'ppo_klip'", "reinforce, ppo_clip"]),
+        ("--algorithm.loss={ name = 'ppo_klip' }", ["algorithm.loss.name = 'ppo_klip'", "ppo_clip, cispo"]),
         ("--algorithm.loss={ name = 'ppo_clip', lo = 1 }", ["algorithm.loss.lo = 1", "low, high"]),
         ("--algorithm.penalties=[{ name = 'short' }]", ["algorithm.penalties.0.name = 'short'", "overlong"]),
         ("--placement.learners=2", ["placement.learners = 2", "between 1 and the number of ranks, 1"]),
