@@ -50,7 +50,7 @@ def test_equals_the_plain_reference(costs, budget, ranks, random):
 
 @pytest.mark.parametrize(
     ("num_units", "largest", "budget", "ranks"),
-    [(800, 100, 100, 4), (4000, 1000, 4000, 540)],
+    [(800, 100, 100, 4), (3000, 1000, 4000, 400)],
     ids=["a unit finds no room", "patience runs out"],
 )
 def test_equals_the_plain_reference_where_the_bins_are_too_full_to_level(num_units, largest, budget, ranks):
@@ -59,6 +59,48 @@ def test_equals_the_plain_reference_where_the_bins_are_too_full_to_level(num_uni
     work = random.permutation(costs)
     num_micro, rank, micro = plan(costs, work, budget, ranks)
     assert (num_micro, rank.tolist(), micro.tolist()) == reference.plan(costs.tolist(), work.tolist(), budget, ranks)
+
+
+def draw_lengths(name: str, num: int) -> np.ndarray:
+    random = np.random.default_rng(num)
+    draws = {
+        "log-normal": lambda: random.lognormal(7, 1, num),
+        "heavy tail": lambda: 300 * random.pareto(1.3, num) + 50,
+        "uniform": lambda: random.uniform(1, 8192, num),
+    }
+    return draws[name]().astype(int).clip(1, 16384)
+
+
+@pytest.mark.parametrize("num_units", [256, 2048, 16384])
+@pytest.mark.parametrize("name", ["log-normal", "heavy tail", "uniform"])
+@pytest.mark.parametrize("quadratic", [0, 1 / 12288, 1 / 1024])
+def test_bins_lie_within_one_percent_of_the_lower_bound(name, num_units, quadratic):
+    costs = draw_lengths(name, num_units)
+    work = costs + quadratic * costs.astype(float) ** 2
+    num_ranks = num_units // 16
+    budget = int(2 * costs.sum() // num_ranks) + 16384  # half of it is used
+    result = plan(costs, work, budget, num_ranks)
+    load = np.bincount(bins(result, num_ranks), work, minlength=num_ranks)
+    assert result[0] == 1
+    assert load.max() <= 1.01 * max(load.mean(), work.max())
+
+
+def test_sequences_into_369_parts_without_a_budget():
+    costs = draw_lengths("log-normal", 4096)
+    work = 24576 * costs + costs.astype(float) ** 2
+    load = np.bincount(bins(plan(costs, work, int(costs.sum()), 369), 369), work)
+    assert len(load) == 369
+    assert load.max() <= 1.01 * max(load.mean(), work.max())
+
+
+def test_ranks_stay_together_where_micro_batches_are_full():
+    """96% of the budget is used, so bins cannot be levelled; but those that meet hold nearly equal work."""
+    costs = draw_lengths("log-normal", 4096)
+    work = costs + costs.astype(float) ** 2 / 12288
+    result = plan(costs, work, 32768, 8)
+    load = np.bincount(bins(result, 8), work).reshape(-1, 8)
+    assert costs.sum() / 32768 > 0.96 * load.size
+    assert load.max(1).sum() <= 1.01 * load.sum() / 8
 
 
 @settings(max_examples=200, deadline=None)
@@ -107,7 +149,11 @@ def test_the_same_input_gives_the_same_plan_on_every_thread():
     [
         (([5, 11], [5, 11], 10, 1), "unit 1 costs 11 tokens: must lie between 0 and the budget of 10"),
         (([-1], [1], 10, 1), "unit 0 costs -1 tokens"),
-        (([1], [1], 10, 0), "ranks = 0: must be 1 or greater"),
+        (([1], [1], 10, 0), "ranks = 0: must lie between 1 and 1048576"),
+        (([1], [1], 10, 2**31 - 1), "ranks = 2147483647: must lie between"),
+        (([1, 1], [1, -1], 10, 1), "unit 1 has work -1.0+: must be finite and not negative"),
+        (([1], [float("nan")], 10, 1), "unit 0 has work -?nan"),
+        (([1], [float("inf")], 10, 1), "unit 0 has work inf"),
         (([1, 2], [1], 10, 1), "2 costs but 1 works"),
     ],
 )

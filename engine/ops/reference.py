@@ -1,17 +1,21 @@
 """The compiled operations in plain Python: slow, short, and what the tests hold the fast ones to."""
 
-from bisect import insort
+from bisect import bisect_left, insort_left
 from collections.abc import Sequence
 
-PATIENCE = 8192  # bins passed over in one plan
+TOLERANCE, GAIN = 1e-3, 0.75  # as in csrc/pack/planner.cpp
+PARTNERS, PATIENCE, PAIR = 16, 2**17, 16
 
 
 def plan(costs: Sequence[int], work: Sequence[float], budget: int, ranks: int) -> tuple[int, list[int], list[int]]:
     """`(num_micro, rank [n], micro [n])` of n units, as csrc/pack/planner.h describes it."""
-    packed = _best_fit(costs, budget)
+    by_work = _descending(work)
+    by_cost = sorted(by_work, key=lambda unit: -costs[unit])
+    packed = _first_fit(by_cost, costs, budget)
     num_micro = max(1, -(-(max(packed, default=-1) + 1) // ranks))
     num_bins = num_micro * ranks
-    bins = _level(costs, work, budget, num_bins) or packed
+    bins = _level(by_cost, costs, work, budget, num_bins) or packed
+    _refine(by_work, costs, work, budget, num_bins, bins)
 
     load = [0.0] * num_bins
     for unit, chosen in enumerate(bins):
@@ -26,30 +30,87 @@ def _descending(keys: Sequence[float]) -> list[int]:
     return sorted(range(len(keys)), key=lambda i: -keys[i])
 
 
-def _best_fit(costs: Sequence[int], budget: int) -> list[int]:
-    """The bin of each unit: largest first, into the fullest bin that holds it."""
-    bins, room = [0] * len(costs), list[int]()
-    for unit in _descending(costs):
-        holding = [(left, b) for b, left in enumerate(room) if left >= costs[unit]]
-        if not holding:
-            room.append(budget)
-        bins[unit] = min(holding)[1] if holding else len(room) - 1
+def _first_fit(order: Sequence[int], costs: Sequence[int], budget: int) -> list[int]:
+    """The bin of each unit: the first that has room."""
+    bins, room = [0] * len(costs), [budget] * len(costs)
+    for unit in order:
+        bins[unit] = next(b for b, left in enumerate(room) if left >= costs[unit])
         room[bins[unit]] -= costs[unit]
     return bins
 
 
-def _level(costs: Sequence[int], work: Sequence[float], budget: int, num_bins: int) -> list[int]:
-    """The bin of each unit: heaviest first, into the least work that has room. Empty where the bins are too full."""
-    bins, room, patience = [0] * len(costs), [budget] * num_bins, PATIENCE
-    lightest = [(0.0, b) for b in range(num_bins)]
-    smallest = min(costs, default=0)
-    for unit in _descending(work):
-        passed = next((i for i, (_, b) in enumerate(lightest) if room[b] >= costs[unit]), PATIENCE + 1)
-        patience -= passed
-        if patience < 0:
-            return []
-        load, bins[unit] = lightest.pop(passed)
-        room[bins[unit]] -= costs[unit]
-        if room[bins[unit]] >= smallest:
-            insort(lightest, (load + work[unit], bins[unit]))
+def _level(
+    order: Sequence[int], costs: Sequence[int], work: Sequence[float], budget: int, num_bins: int
+) -> list[int] | None:
+    """The bin of each unit: that of the least work that has room. None where a unit finds none."""
+    bins, room, load = [0] * len(costs), [budget] * num_bins, [0.0] * num_bins
+    for unit in order:
+        roomy = [b for b in range(num_bins) if room[b] >= costs[unit]]
+        if not roomy:
+            return None
+        bins[unit] = chosen = min(roomy, key=lambda b: load[b])
+        room[chosen] -= costs[unit]
+        load[chosen] += work[unit]
     return bins
+
+
+def _refine(
+    order: Sequence[int], costs: Sequence[int], work: Sequence[float], budget: int, num_bins: int, bins: list[int]
+) -> None:
+    """Moves units from the heaviest bin to one of the lightest, or exchanges them, until none is above the mean."""
+    units: list[list[int]] = [[] for _ in range(num_bins)]  # by descending work
+    load, room = [0.0] * num_bins, [budget] * num_bins
+
+    def add(unit: int, chosen: int) -> None:
+        insort_left(units[chosen], unit, key=lambda u: -work[u])
+        load[chosen] += work[unit]
+        room[chosen] -= costs[unit]
+        bins[unit] = chosen
+
+    def move(unit: int, chosen: int) -> None:
+        units[bins[unit]].remove(unit)
+        load[bins[unit]] -= work[unit]
+        room[bins[unit]] += costs[unit]
+        add(unit, chosen)
+
+    def best_exchange(heavy: int, light: int) -> tuple[int, int | None] | None:
+        half = (load[heavy] - load[light]) / 2
+        least, best = half * GAIN, None
+        for given in units[heavy]:
+            others = [None, *units[light], None]
+            above = bisect_left(units[light], half - work[given], key=lambda u: -work[u])
+            for taken in others[above : above + 2]:
+                distance = abs(work[given] - (0 if taken is None else work[taken]) - half)
+                moved = costs[given] - (0 if taken is None else costs[taken])
+                if distance < least and moved <= room[light] and -moved <= room[heavy]:
+                    least, best = distance, (given, taken)
+        return best
+
+    for unit in reversed(order):
+        add(unit, bins[unit])
+    active, total, patience = set(range(num_bins)), 0.0, PATIENCE
+    for each in load:  # `sum` rounds in another way
+        total += each
+    while active:
+        heavy = min(active, key=lambda b: (-load[b], b))
+        if load[heavy] <= total / len(active) * (1 + TOLERANCE):
+            return
+        exchange = light = None
+        lightest = sorted(active, key=lambda b: (load[b], b))[:PARTNERS]
+        for light in lightest[: lightest.index(heavy)] if heavy in lightest else lightest:
+            if patience < 0 or len(units[heavy]) < 2:
+                break
+            patience -= PAIR + len(units[heavy]) + len(units[light])
+            exchange = best_exchange(heavy, light)
+            if exchange:
+                break
+        if exchange and light is not None:
+            given, taken = exchange
+            move(given, light)
+            if taken is not None:
+                move(taken, heavy)
+        elif patience < 0:
+            return
+        else:
+            active.remove(heavy)
+            total -= load[heavy]
