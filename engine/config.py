@@ -56,6 +56,7 @@ class Model(Struct, kw_only=True):
     init: dict[str, Any] = {}  # a new model: model_type and the other fields of its transformers config
     tokenizer: Tokenizer = Tokenizer()
     dtype: Literal["float32", "float64"] = "float32"  # of the parameters that the optimiser sees
+    fp32_head: bool = False  # the head in float32 even where generator or learner compute in bfloat16
     context: Count  # the longest sequence, prompt and answer together, in tokens
 
 
@@ -136,6 +137,10 @@ class Algorithm(Struct):
     filter_uniform: bool = True  # groups whose rewards are all equal are not trained
 
 
+class Ops(Struct):
+    health: Literal["all", "trained"] = "all"  # metrics of "trained": answers without an advantage are left out
+
+
 class Weights(Struct):
     route: Literal["auto", "shm", "tcp"] = "auto"
 
@@ -191,6 +196,7 @@ class Config(Struct, kw_only=True):
     generator: Generator
     learner: Learner
     algorithm: Algorithm = Algorithm()
+    ops: Ops = Ops()
     weights: Weights = Weights()
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()

@@ -18,8 +18,10 @@ from engine import parallel
 from engine.algorithms.method import Method, means
 from engine.config import Config
 from engine.config import Learner as LearnerConfig
+from engine.head import Objective, Reference
+from engine.model import lm_head
 from engine.packer import MicroBatch, Update, pack
-from engine.policy import Batch, Policy, blocks, named_tensors, recompute_activations
+from engine.policy import Batch, Policy, blocks, logprob, named_tensors, recompute_activations, with_advantage
 from engine.schema import Group
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rate, by the share of updates made
@@ -65,19 +67,22 @@ class Learner:
         self._directory = directory
         self.version = self.steps = self.updates = self.bad_updates = self.bad_in_a_row = 0
         self._moved = False  # the present step has updated the policy already
+        penalised = method.needs_reference or method.needs_entropy
+        self._skips_idle = config.ops.health == "trained" and not penalised
         self.model = model
         nn.Module.to(model.eval(), self._device)  # eval: no dropout, as generators sample without it
-        place = partial(self._place, temperature=config.generator.temperature)
+        place = partial(self._place, config)
         self._reference = place(copy.deepcopy(model).requires_grad_(False)) if method.needs_reference else None
         if config.learner.activation_checkpointing:
             recompute_activations(model)
-        self._policy = place(model, entropy_gradient=method.needs_entropy)
+        self._policy = place(model)
         self._optimizer = adamw(model, config.learner)
 
-    def _place(self, model: PreTrainedModel, **options: Any) -> Policy:
-        policy = Policy(model, **options)
+    def _place(self, config: Config, model: PreTrainedModel) -> Policy:
+        policy = Policy(model, Reference(lm_head(model), config.generator.temperature))
         if parallel.num_ranks() > 1 or self._device.type == "cuda":
-            parallel.shard(policy, blocks(model), mixed_precision=self._config.mixed_precision)
+            precision = {"mixed_precision": config.learner.mixed_precision, "exact_root": config.model.fp32_head}
+            parallel.shard(policy, blocks(model), **precision)
         return policy
 
     # ---- training ----------------------------------------------------------------------------------------------
@@ -103,7 +108,7 @@ class Learner:
         the policy has not moved yet, so that its own ones are the same."""
         moved = [self._method.needs_proximal and number > 0 for number in range(len(updates))]
         return [
-            [*self._logprobs(update)] if needed else [None] * len(self._mine(update))
+            [logprob(self._policy, self._batch(micro)) if needed else None for micro in self._mine(update)]
             for update, needed in zip(updates, moved, strict=True)
         ]
 
@@ -112,8 +117,8 @@ class Learner:
         names: list[str] = []
         total = torch.zeros((), device=self._device, dtype=torch.float64)
         for micro, proximal in zip(self._mine(update), proximals, strict=True):
-            batch = Batch.of(micro, self._device)
-            loss, sums = self._policy(batch, partial(self._objective, batch, update, proximal))
+            batch = self._batch(micro)
+            loss, sums = self._policy(batch, self._objective(batch, update, proximal))
             loss.backward()
             names = list(sums)
             total = total + torch.stack([loss.detach(), *sums.values()]).double()
@@ -128,19 +133,20 @@ class Learner:
             self._skip(update, outcome)
         return outcome
 
-    def _objective(
-        self, batch: Batch, update: Update, proximal: Tensor | None, logprob: Tensor, entropy: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, sums for metrics) of one micro-batch; those of all micro-batches and ranks add up to the update's."""
-        reference = None
-        if self._reference is not None:
-            with torch.no_grad():
-                reference, _ = self._reference(batch)
-        own = (batch.version == self.version) & (not self._moved)
-        tokens = replace(batch.tokens, proximal=proximal, reference=reference, own=own)
-        return self._method.loss(
-            logprob, entropy, tokens, num_tokens=update.num_tokens, num_sequences=update.num_sequences
+    def _batch(self, micro: MicroBatch) -> Batch:
+        return Batch.of(micro, self._device, with_advantage(micro) if self._skips_idle else None)
+
+    def _objective(self, batch: Batch, update: Update, proximal: Tensor | None) -> Objective:
+        """What one micro-batch adds to the loss of its update; those of all micro-batches and ranks add up to it."""
+        reference = None if self._reference is None else logprob(self._reference, batch)
+        tokens = replace(
+            batch.tokens,
+            proximal=proximal,
+            reference=reference,
+            staleness=self.version - batch.version,
+            moved=self._moved,
         )
+        return Objective(self._method, tokens, update.num_tokens, update.num_sequences)
 
     def _apply(self, gradients: list[Tensor], norm: float) -> None:
         if norm > self._config.clip_norm:
@@ -173,13 +179,6 @@ class Learner:
     def _mine(self, update: Update) -> list[MicroBatch]:
         return update.micro_batches[parallel.rank()]
 
-    # ---- scoring -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _logprobs(self, update: Update) -> list[Tensor]:
-        """The log-probabilities [N] of each of this rank's micro-batches under the current weights."""
-        return [self._policy(Batch.of(micro, self._device))[0] for micro in self._mine(update)]
-
     def mismatch(self, groups: list[Group]) -> float:
         """The mean |log-probability difference| between the generator's record of `groups` and this policy, in nats
         a token: numerical noise where the groups were sampled with the weights of now."""
@@ -194,10 +193,10 @@ class Learner:
             num_updates=1,
         )[0]
         total = torch.zeros(2, device=self._device, dtype=torch.float64)
-        for micro, logprob in zip(self._mine(update), self._logprobs(update), strict=True):
-            mask = torch.from_numpy(micro.mask).to(self._device).double()
-            behaviour = torch.from_numpy(micro.behaviour).to(self._device)
-            total += torch.stack([((logprob - behaviour).abs() * mask).sum(), mask.sum()])
+        for micro in self._mine(update):
+            batch = Batch.of(micro, self._device)
+            difference = (logprob(self._policy, batch) - batch.tokens.behaviour).abs()
+            total += torch.stack([difference.double().sum(), batch.tokens.mask.double().sum()])
         difference, tokens = parallel.summed(total).tolist()
         return difference / tokens
 

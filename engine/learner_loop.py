@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from engine import checkpoint, metrics, parallel
@@ -16,7 +15,7 @@ from engine.credit import advantages
 from engine.learner import Learner
 from engine.packer import Update, pack
 from engine.placement import Seat
-from engine.policy import named_tensors
+from engine.policy import manifest_of
 from engine.process import StopSignal, Supervisor
 from engine.progress import Progress
 from engine.rollouts import Rollouts
@@ -24,7 +23,7 @@ from engine.run_directory import RunDirectory
 from engine.schema import Evaluation, Group, Taken, Trained
 from engine.scores import Shape, shape_by
 from engine.summary import records, summarise
-from engine.weights import Manifest, Publisher
+from engine.weights import Publisher
 
 
 class Mismatch(RuntimeError):
@@ -52,8 +51,7 @@ class Job:
         if resume is not None:
             checkpoint.load(resume, self.learner)
         self.segment = f"{run.name}-{seat.rank}-{time.time_ns():x}"
-        dtype = getattr(torch, config.generator.dtype)
-        manifest = Manifest.of(named_tensors(self.learner.model), dtype)
+        manifest = manifest_of(self.learner.model, config)
         self.publisher = Publisher(self.segment, manifest) if self.lead else None
         try:
             self.rollouts = Rollouts(config, run, seat, stop, self.segment, str(resume or ""))

@@ -145,6 +145,18 @@ def lm_head(model: PreTrainedModel) -> nn.Module:
     return head
 
 
+def widen_head(model: PreTrainedModel) -> None:
+    """Lets the head compute in float32, with a weight in float32, whatever the rest of the model computes in.
+
+    An embedding tied to it shares that weight, but hands on what it did before.
+    """
+    head, embedding = lm_head(model), model.get_input_embeddings()
+    narrow = embedding.get_parameter("weight").dtype
+    head.float()
+    head.register_forward_pre_hook(lambda _head, inputs: (inputs[0].float(),))
+    embedding.register_forward_hook(lambda _embedding, _inputs, output: output.to(narrow))
+
+
 @torch.no_grad()
 def check_isolation(model: PreTrainedModel) -> None:
     """Raises `ConfigError` where a sequence's hidden states change with what is packed beside it.

@@ -17,23 +17,26 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def shard(root: nn.Module, blocks: list[nn.Module], *, mixed_precision: bool) -> None:
+def shard(root: nn.Module, blocks: list[nn.Module], *, mixed_precision: bool, exact_root: bool) -> None:
     """Shards every block and then `root` (embeddings, last norm, head) over all ranks, in place.
 
     Gradients are summed over ranks, not averaged: the loss already divides by the global counts. In mixed precision
-    the computation is in bfloat16, the parameters and the reduction of gradients in float32.
+    the computation is in bfloat16, the parameters and the reduction of gradients in float32. `exact_root` excepts
+    from it what is outside the blocks: the head, and with it an embedding that may be tied to it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = next(root.parameters()).device.type
-    mesh = init_device_mesh(device, (num_ranks(),), mesh_dim_names=("learners",))
-    precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if mixed_precision else None,
-        reduce_dtype=torch.float32 if mixed_precision else None,
-        cast_forward_inputs=False,  # advantages and log-probabilities must stay in float32
-    )
+    parameter = next(root.parameters())
+    mesh = init_device_mesh(parameter.device.type, (num_ranks(),), mesh_dim_names=("learners",))
     for module in (*blocks, root):
+        narrow = mixed_precision and not (exact_root and module is root)
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if narrow else None,
+            reduce_dtype=torch.float32 if narrow else None,
+            output_dtype=parameter.dtype if exact_root and module in blocks[-1:] else None,
+            cast_forward_inputs=module is not root,  # the root's: advantages and log-probabilities stay in float32
+        )
         sharded = fully_shard(module, mesh=mesh, mp_policy=precision)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows neither averages nor scaled sums

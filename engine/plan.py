@@ -4,8 +4,9 @@ from transformers import PreTrainedModel
 
 from engine.algorithms.method import compose
 from engine.config import Config
+from engine.head import LOGITS_AT_ONCE
 from engine.placement import Seat
-from engine.policy import LOGITS_AT_ONCE, named_tensors
+from engine.policy import manifest_of, named_tensors
 from engine.prompts import Prompts
 
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
@@ -52,7 +53,7 @@ def memory(config: Config, seat: Seat, policy: PreTrainedModel) -> dict[str, flo
     activations = tokens * width * (layers * 2 + 34 if config.learner.activation_checkpointing else layers * 34)
     logits = min(tokens * shape.vocab_size, LOGITS_AT_ONCE) * 3 * 4
     states = 5 if compose(config.algorithm).needs_reference else 4
-    payload = parameters * BYTES[config.generator.dtype]
+    payload = sum(entry.num_bytes for entry in manifest_of(policy, config).entries)
     cache = 2 * layers * heads * head_dim * config.generator.slots * config.model.context
     return {
         "learner": states * parameters * size / seat.num_learners + activations * compute + logits,

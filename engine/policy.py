@@ -1,7 +1,7 @@
 """The policy as the learner sees it: flat tokens in, log-probabilities of the targets or a loss out."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from engine.algorithms.method import Tokens
 from engine.attention import Layout
+from engine.config import Config
+from engine.head import Head, Objective
 from engine.model import hidden_states, lm_head
 from engine.packer import MicroBatch
-
-LOGITS_AT_ONCE = 2**26  # elements of the logits matrix that may exist at a time; more are computed twice in pieces
+from engine.weights import Manifest
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,19 @@ class Batch:
     token_ids: Tensor  # int64 [T], at least one
     position_ids: Tensor  # int64 [T]
     layout: Layout
-    rows: Tensor  # int64 [N], the flat position whose logits predict each target
+    rows: Tensor  # int64 [N], the flat position whose logits predict each target, a part of the micro-batch's
     targets: Tensor  # int64 [N]
     tokens: Tokens
     version: Tensor  # int32 [N], the weights that sampled each target
 
     @classmethod
-    def of(cls, micro: MicroBatch, device: torch.device) -> "Batch":
-        """An empty micro-batch becomes one token without a target: its rank takes part in every collective with a
-        gradient of zero."""
+    def of(cls, micro: MicroBatch, device: torch.device, wanted: np.ndarray | None = None) -> "Batch":
+        """`wanted`, bool [N], picks targets; without it the masked ones, which nothing asks for, are left out.
+
+        An empty micro-batch becomes one token without a target: its rank takes part in every collective with a
+        gradient of zero.
+        """
+        kept = np.flatnonzero(micro.mask != 0 if wanted is None else wanted)
 
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
@@ -47,20 +52,17 @@ class Batch:
             token_ids=tensor(inputs),
             position_ids=tensor(positions),
             layout=Layout(cu_seqlens, prefix, device),
-            rows=tensor(micro.rows),
-            targets=tensor(micro.targets),
+            rows=tensor(micro.rows[kept]),
+            targets=tensor(micro.targets[kept]),
             tokens=Tokens(
-                behaviour=tensor(micro.behaviour),
-                advantage=tensor(micro.advantage),
-                mask=tensor(micro.mask),
-                sequence=tensor(micro.sequence),
+                behaviour=tensor(micro.behaviour[kept]),
+                advantage=tensor(micro.advantage[kept]),
+                mask=tensor(micro.mask[kept]),
+                sequence=tensor(micro.sequence[kept]),
                 lengths=tensor(micro.lengths),
             ),
-            version=tensor(micro.version),
+            version=tensor(micro.version[kept]),
         )
-
-
-Objective = Callable[[Tensor, Tensor], Any]  # (log-probabilities [N], entropies [N]) -> what forward returns
 
 
 class Policy(nn.Module):
@@ -70,45 +72,35 @@ class Policy(nn.Module):
     only; a head or a loss outside would see shards.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, entropy_gradient: bool = False):
+    def __init__(self, model: PreTrainedModel, head: Head):
         super().__init__()
         self.model = model
-        self._num_logits = lm_head(model).get_parameter("weight").shape[0]
-        self._temperature = temperature
-        self._entropy_gradient = entropy_gradient
+        self._head = head
 
     def forward(self, batch: Batch, objective: Objective | None = None) -> Any:
-        """(log-probability [N], entropy [N]) of the targets, or what `objective` makes of them.
-
-        Both are those of softmax(logits / temperature), in nats, in float32 at least. The entropy carries a gradient
-        only where the loss uses it.
-        """
+        """(log-probability [N], entropy [N]) of the targets, or the objective's loss and sums."""
         hidden = hidden_states(self.model, batch.token_ids, batch.position_ids, batch.layout)
-        logprob, entropy = self._score(hidden.index_select(0, batch.rows), batch.targets)
-        return (logprob, entropy) if objective is None else objective(logprob, entropy)
+        hidden = hidden.index_select(0, batch.rows)
+        if objective is None:
+            return self._head.score(hidden, batch.targets)
+        return self._head.loss(hidden, batch.targets, objective)
 
-    def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, from the hidden states [N, H] that predict `targets` [N]."""
-        rows = max(1, LOGITS_AT_ONCE // self._num_logits)
-        if len(targets) <= rows:
-            return self._score_rows(hidden, targets)
-        pieces = [
-            checkpoint(self._score_rows, *piece, use_reentrant=False)
-            for piece in zip(hidden.split(rows), targets.split(rows), strict=True)
-        ]
-        logprobs, entropies = zip(*pieces, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
 
-    def _score_rows(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = lm_head(self.model)(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self._temperature != 1.0:
-            logits = logits / self._temperature
-        distribution = torch.log_softmax(logits, dim=-1)
-        logprob = distribution.gather(1, targets.unsqueeze(1)).squeeze(1)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._entropy_gradient):
-            entropy = -(distribution.exp() * distribution).sum(dim=-1)
-        return logprob, entropy
+@torch.no_grad()
+def logprob(policy: Policy, batch: Batch) -> Tensor:
+    """The log-probabilities [N] of the batch's targets under the policy's present weights."""
+    return policy(batch)[0]
+
+
+def with_advantage(micro: MicroBatch) -> np.ndarray:
+    """Which targets train at all, bool [N]: unmasked ones of completions that have an advantage somewhere.
+
+    Of a completion all are kept or none, because losses and corrections may look at it as a whole.
+    """
+    unmasked = micro.mask != 0
+    trains = np.zeros(micro.num_sequences, np.bool_)
+    trains[micro.sequence[unmasked & (micro.advantage != 0)]] = True
+    return unmasked & trains[micro.sequence]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -130,3 +122,10 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach()
+
+
+def manifest_of(model: PreTrainedModel, config: Config) -> Manifest:
+    """How the model's weights travel: in the generators' dtype, the head in float32 where that is asked for."""
+    head = {id(tensor) for tensor in lm_head(model).parameters()} if config.model.fp32_head else ()
+    wide = [name for name, tensor in model.named_parameters() if id(tensor) in head]
+    return Manifest.of(named_tensors(model), getattr(torch, config.generator.dtype), wide=wide)

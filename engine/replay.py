@@ -28,11 +28,10 @@ from engine.learner import Learner
 from engine.learner_loop import prepare
 from engine.model import build
 from engine.placement import Seat, join_learners, rendezvous, seat
-from engine.policy import named_tensors
+from engine.policy import manifest_of
 from engine.run_directory import RunDirectory
 from engine.schema import Ack, Group, Published, Result, Trained
 from engine.scores import shape_by
-from engine.weights import Manifest
 
 
 class Replay:
@@ -61,7 +60,7 @@ class Replay:
                     groups = [self._groups.pop(group_id) for group_id in record.group_ids]
                     learner.step(prepare(config, method, shape, groups, learner.version))
                 elif isinstance(record, Published):
-                    yield record.version, record.digest, digest(learner, getattr(torch, config.generator.dtype))
+                    yield record.version, record.digest, digest(learner, config)
 
     def _continue(self, config: Config, method: Method) -> Learner:
         """The learner of the next incarnation, in the state that the one before had."""
@@ -79,9 +78,9 @@ class Replay:
         return learner
 
 
-def digest(learner: Learner, dtype: torch.dtype) -> str:
+def digest(learner: Learner, config: Config) -> str:
     """The xxh3-64 of the weights as a publish lays them out."""
-    manifest = Manifest.of(named_tensors(learner.model), dtype)
+    manifest = manifest_of(learner.model, config)
     payload = torch.zeros(manifest.num_bytes, dtype=torch.uint8)
     views = manifest.views(payload)
     for name, tensor in learner.weights():

@@ -9,7 +9,7 @@ from engine.attention import Layout
 from engine.config import ConfigError, Generator, Model
 from engine.generators.base import Sampled
 from engine.generators.embedded import Embedded
-from engine.model import build, hidden_states, lm_head
+from engine.model import build, hidden_states, lm_head, widen_head
 from engine.schema import Lease, Prompt, Sampling
 
 CONTEXT, EOS = 48, 1
@@ -253,3 +253,21 @@ def test_weights_with_a_name_missing_or_unknown_change_nothing() -> None:
             engine.load(1, wrong)
     assert engine.version == 0
     assert all(torch.equal(before[name], parameter) for name, parameter in engine._model.named_parameters())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_wide_head_over_bfloat16_layers(shape: str) -> None:
+    exact, model = make_model(shape), make_model(shape).bfloat16()
+    widen_head(model)
+    engine = Embedded(model, Generator(slots=6, max_new_tokens=16), context=CONTEXT, stop_ids=[], text=letters)
+    engine.load(0, weights(exact))
+    logits = []
+    lm_head(model).register_forward_hook(lambda _head, _inputs, output: logits.append(output))
+    engine.submit(lease(0))
+    sampled = drain(engine)[0]
+    narrow = [name for name, tensor in model.named_parameters() if tensor.dtype == torch.bfloat16]
+    assert len(narrow) == len(list(model.parameters())) - 1 and engine._cache.entries.dtype == torch.bfloat16
+    assert torch.equal(lm_head(model).get_parameter("weight"), lm_head(exact).get_parameter("weight"))
+    assert all(part.dtype == torch.float32 and (part != part.bfloat16().float()).any() for part in logits)
+    for sample, logprobs in enumerate(split(sampled, sampled.logprobs)):
+        np.testing.assert_allclose(logprobs, recomputed(model, sampled, sample), atol=0.1)

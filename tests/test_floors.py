@@ -48,7 +48,7 @@ FLOORS = [
         "engine.progress",
         "engine.placement",
     },
-    {"engine.model", "engine.attention", "engine.parallel", "engine.algorithms", "engine.ops"},
+    {"engine.model", "engine.head", "engine.attention", "engine.parallel", "engine.algorithms", "engine.ops"},
     {"engine.schema", "engine.config", "engine.process"},
     {"rewards"},
 ]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import policy
+from engine import head, policy
 from engine.algorithms.method import Method, compose
 from engine.attention import Layout
 from engine.config import Learner as LearnerConfig
@@ -138,7 +139,7 @@ def test_recomputed_activations_give_the_same_gradient(tmp_path: Path) -> None:
 
 def test_logits_in_pieces_give_the_same_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = stepped(tmp_path, "algorithm.entropy=0.1")
-    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", 3 * learning.VOCAB)
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 3 * learning.VOCAB)
     in_pieces = stepped(tmp_path, "algorithm.entropy=0.1")
     assert learning.largest_difference(gradients(at_once), gradients(in_pieces)) < 1e-14
 
@@ -184,6 +185,42 @@ def test_any_number_of_ranks_makes_the_same_step(tmp_path: Path, num_ranks: int)
             for name in grads_1:
                 error = (grads[name] - grads_1[name]).norm() / grads_1[name].norm()
                 assert error < (1e-10 if double else 1e-5), (case, name)
+
+
+def heads_on_rank(rank: int, directory: Path) -> list[Any]:
+    """One step of each case in mixed precision: what head and a layer computed in, as (weight, input); whether some
+    logits were finer than bfloat16; the gradients."""
+    mixed = ("learner.mixed_precision=true",)
+    results = []
+    for tied, fp32_head in HEADS:
+        config = learning.configure(*mixed, f"model.fp32_head={str(fp32_head).lower()}", dtype="float32", tied=tied)
+        learner = learning.learner(config, directory)
+        seen: dict[str, Any] = {}
+
+        def watch(name: str, linear: Any, inputs: Any, output: Tensor, seen: dict[str, Any] = seen) -> None:
+            finer = bool((output != output.bfloat16()).any())
+            seen[name] = linear.weight.dtype, inputs[0].dtype, finer or (name in seen and seen[name][2])
+
+        layer = learner.model.get_submodule("model.layers.1.mlp.up_proj")
+        for name, linear in (("head", lm_head(learner.model)), ("layer", layer)):
+            linear.register_forward_hook(partial(watch, name))
+        learner.step(learning.take(config, learning.groups(4), 2))
+        results.append((seen, gradients(learner)))
+    return results
+
+
+HEADS = [(True, False), (True, True), (False, False), (False, True)]  # tied, fp32_head
+
+
+def test_mixed_precision_with_and_without_a_wide_head(tmp_path: Path) -> None:
+    half, single = torch.bfloat16, torch.float32
+    for results in learning.on_ranks(2, heads_on_rank, tmp_path):
+        for (tied, fp32_head), (seen, grads) in zip(HEADS, results, strict=True):
+            head = single if fp32_head else half
+            assert seen == {"layer": (half, half, False), "head": (head, head, fp32_head)}
+            exact = gradients(stepped(tmp_path, num_groups=4, dtype="float32", tied=tied))
+            for name, gradient in exact.items():
+                assert (grads[name] - gradient).norm() < 0.1 * gradient.norm(), name
 
 
 def test_rank_without_work_still_runs_the_model_on_one_token() -> None:
@@ -302,8 +339,8 @@ def test_proximal_policy_is_not_computed_where_nothing_needs_it(tmp_path: Path) 
 def test_own_tokens_are_those_of_the_learners_version_until_the_policy_moves(tmp_path: Path) -> None:
     learner, seen, updates = recorded(tmp_path, "learner.updates_per_step=2")
     learner.step(updates)  # the same tokens again, of version 0, at version 1
-    assert [bool(tokens.own.all()) for _, tokens in seen] == [True, False, False, False]
-    assert not any(tokens.own.any() for _, tokens in seen[1:])
+    assert [tokens.moved for _, tokens in seen] == [False, True, False, True]
+    assert [tokens.staleness.unique().tolist() for _, tokens in seen] == [[0], [0], [1], [1]]
 
 
 def test_reference_stays_where_the_policy_started(tmp_path: Path) -> None:
@@ -313,6 +350,59 @@ def test_reference_stays_where_the_policy_started(tmp_path: Path) -> None:
     assert torch.equal(first.reference, start)
     assert torch.equal(second.reference, start)
     assert (moved - start).abs().max() > 1e-3
+
+
+# ---- what the head is asked for ---------------------------------------------------------------------------------
+
+
+def partly_idle(config: Any) -> list[Update]:
+    """A take in which the second completion of every group has no advantage, and the third only at its first token."""
+    (update,) = learning.take(config, learning.groups(3))
+    (micro,) = update.micro_batches[0]
+    place, first = micro.sequence % 4, np.diff(micro.sequence, prepend=-1) != 0
+    idle = (place == 1) | ((place == 2) & ~first)
+    advantage = np.where(idle, np.float32(0), micro.advantage)
+    return [replace(update, micro_batches=[[replace(micro, advantage=advantage)]])]
+
+
+@pytest.mark.parametrize("loss", ["reinforce", "gspo"])
+def test_idle_completions_cost_no_head_where_only_trained_ones_are_measured(tmp_path: Path, loss: str) -> None:
+    large = ("learner.tokens_per_micro_batch=4096", f"algorithm.loss.name='{loss}'")
+    outcomes = []
+    for health in ("all", "trained"):
+        config = learning.configure(f"ops.health='{health}'", *large)
+        method = Recorder(compose(config.algorithm))
+        learner = learning.learner(config, tmp_path, method)  # type: ignore[arg-type]
+        metrics = learner.step(partly_idle(config))
+        outcomes.append((len(method.seen[0][0]), learning.parameters(learner), metrics))
+    (every, weights, metrics), (some, weights_2, metrics_2) = outcomes
+    lengths = [length for group in learning.groups(3) for length in group.lengths]
+    assert (every, some) == (sum(lengths), sum(lengths) - sum(lengths[1::4]))
+    assert learning.largest_difference(weights, weights_2) < 1e-12
+    assert metrics_2["loss"] == pytest.approx(metrics["loss"], rel=1e-12)
+    assert metrics_2["num_tokens"] == metrics["num_tokens"]
+
+
+def test_idle_completions_have_an_entropy_to_train(tmp_path: Path) -> None:
+    config = learning.configure("ops.health='trained'", "learner.tokens_per_micro_batch=4096", "algorithm.entropy=0.1")
+    method = Recorder(compose(config.algorithm))
+    learning.learner(config, tmp_path, method).step(partly_idle(config))  # type: ignore[arg-type]
+    assert len(method.seen[0][0]) == sum(len(group.token_ids) for group in learning.groups(3))
+
+
+def test_masked_tokens_cost_no_head(tmp_path: Path) -> None:
+    config = learning.configure("learner.tokens_per_micro_batch=4096")
+    method = Recorder(compose(config.algorithm))
+    (update,) = learning.take(config, learning.groups(3))
+    (micro,) = update.micro_batches[0]
+    mask = (np.arange(len(micro.mask)) % 3 > 0).astype(np.float32)
+    learner = learning.learner(config, tmp_path, method)  # type: ignore[arg-type]
+    metrics = learner.step([replace(update, micro_batches=[[replace(micro, mask=mask)]])])
+    start = learning.learner(config, tmp_path).model
+    scores = torch.cat([score for group in learning.groups(3) for score in alone(start, group)])
+    expected = -(scores * torch.from_numpy(mask * micro.advantage)).sum().item() / len(mask)
+    assert len(method.seen[0][0]) == mask.sum()
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-12)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------

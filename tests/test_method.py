@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -258,7 +259,7 @@ def test_mismatch_is_the_drift_of_the_policys_own_tokens_alone():
         mask=tensor(1.0, 1.0, 0.0, 1.0),
         sequence=torch.tensor([0, 0, 1, 1]),
         lengths=torch.tensor([2, 2]),
-        own=torch.tensor([True, True, True, False]),
+        staleness=torch.tensor([0, 0, 0, 1]),
     )
     logprob = tensor(-1.1, -0.7, -5.0, -3.0)
     _, sums = compose(Algorithm()).loss(logprob, None, tokens, num_tokens=4, num_sequences=2)
@@ -267,5 +268,7 @@ def test_mismatch_is_the_drift_of_the_policys_own_tokens_alone():
     assert figures["drift"] == pytest.approx((0.1 + 0.3 + 2.0) / 3)
     assert "own" not in figures
 
+    _, sums = compose(Algorithm()).loss(logprob, None, replace(tokens, moved=True), num_tokens=4, num_sequences=2)
+    assert sums["own"] == 0
     none = {name: float(value) for name, value in sums.items()} | {"own": 0.0, "mismatch": 0.0}
     assert "mismatch" not in means(none)

@@ -226,7 +226,7 @@ def test_every_figure_is_explained() -> None:
 def learner_figures() -> set[str]:
     """What a learner's step may tell: every term of the loss switched on."""
     ones = torch.ones(2)
-    tokens = Tokens(ones, ones, ones, torch.tensor([0, 0]), torch.tensor([2]), None, ones, torch.tensor([True, True]))
+    tokens = Tokens(ones, ones, ones, torch.tensor([0, 0]), torch.tensor([2]), None, ones, torch.tensor([0, 0]))
     method = compose(Algorithm(kl={"name": "k3", "coefficient": 1.0}, entropy=1.0))
     _, sums = method.loss(ones, ones, tokens, num_tokens=2, num_sequences=1)
     return set(summary([Outcome(0.0, 0.0, {name: float(value) for name, value in sums.items()})]))

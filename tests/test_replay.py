@@ -97,7 +97,7 @@ class Trainer:
         self.publish()
 
     def publish(self) -> None:
-        self.record(Published(self.learner.version, digest(self.learner, torch.float32)))
+        self.record(Published(self.learner.version, digest(self.learner, self.config)))
 
     def step(self) -> None:
         version = self.learner.version

@@ -45,7 +45,8 @@ class Tokens:
     lengths: Tensor  # int64 [S]: tokens of each completion that train, stale ones included
     proximal: Tensor | None = None  # float [N]
     reference: Tensor | None = None  # float [N]
-    own: Tensor | None = None  # bool [N]: sampled with the very weights that the policy has now; for `mismatch` alone
+    staleness: Tensor | None = None  # int32 [N]: the learner's version less the token's; for `mismatch` alone
+    moved: bool = False  # the policy was updated since its version was made: no token is its own any more
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ def _drift(logprob: Tensor, tokens: Tokens) -> dict[str, Tensor]:
     figures = {"drift": drift, "ratio": rho, "ratio_squared": rho.square()}
     for name, k in DIVERGENCES.items():  # of KL(behaviour, policy), as the behaviour policy sampled
         figures[f"drift_{name}"] = k(tokens.behaviour, logprob.detach(), tokens.behaviour, coefficient=1.0)
-    return figures if tokens.own is None else figures | {"own": tokens.own, "mismatch": drift * tokens.own}
+    if tokens.staleness is not None:
+        own = (tokens.staleness == 0) & (not tokens.moved)
+        figures |= {"own": own, "mismatch": drift * own}
+    return figures
 
 
 def _sums(values: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from engine.config import Config, ConfigError, Generator
 from engine.generators.base import Sampled
 from engine.generators.kv_cache import KVCache, Step
 from engine.generators.sampling import draw, stream_key, uniform
-from engine.model import from_description, hidden_states, lm_head
+from engine.model import from_description, hidden_states, lm_head, widen_head
 from engine.schema import Finish, Kind, Lease
 from engine.tokenizer import decode
 
@@ -103,7 +103,8 @@ class Embedded:
         self._model, self._head = model.eval(), lm_head(model)
         self._num_slots, self._context, self._recompute = config.slots, context, config.kv == "recompute"
         self._stop_ids, self._text = np.array(sorted(set(stop_ids))), text
-        self._cache = KVCache(model.config, config.slots + 1, context, like=next(model.parameters()))
+        *_, last_norm = model.base_model.parameters()  # of the dtype that the layers compute in, as the head may not be
+        self._cache = KVCache(model.config, config.slots + 1, context, like=last_norm)
         self._spare = config.slots
         self._slots = Slots(config.slots, context)
         self._num_running = 0
@@ -352,6 +353,8 @@ def from_files(config: Config, files: dict[str, bytes], tokenizer: "PreTrainedTo
     device = config.generator.device
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = from_description(files, config.generator.dtype, device)
+    if config.model.fp32_head:
+        widen_head(model)
     ids = [tokenizer.eos_token_id, model.config.eos_token_id]
     stop_ids = [number for entry in ids for number in (entry if isinstance(entry, list) else [entry])]
     return Embedded(

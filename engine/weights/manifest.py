@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Self
 
 import msgspec
@@ -58,9 +58,20 @@ class Manifest(msgspec.Struct, frozen=True):
         return cls(tuple(entries.values()), offset)
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Self:
-        """The manifest of named tensors whose floating point ones travel as `dtype`. Reads shapes and dtypes only."""
-        return cls.lay_out((name, t.shape, dtype if t.is_floating_point() else t.dtype) for name, t in tensors)
+    def of(
+        cls, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, *, wide: Container[str] = ()
+    ) -> Self:
+        """The manifest of named tensors whose floating point ones travel as `dtype`, those named in `wide` as float32.
+
+        Reads shapes and dtypes only.
+        """
+
+        def carried(name: str, tensor: torch.Tensor) -> torch.dtype:
+            if not tensor.is_floating_point():
+                return tensor.dtype
+            return torch.float32 if name in wide else dtype
+
+        return cls.lay_out((name, tensor.shape, carried(name, tensor)) for name, tensor in tensors)
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
