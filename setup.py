@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC", "--threads", "0"]
@@ -35,7 +35,7 @@ OPS = CppExtension(
     "engine.ops._ops",
     sorted({*sources("bind/*.cpp", "*/cpu*.cpp")} - {"csrc/bind/host.cpp"}),
     # OpenMP's functions are those of the libgomp that torch has loaded: a second one would have threads of its own.
-    extra_compile_args=[*FLAGS, "-fopenmp"],
+    extra_compile_args=[*FLAGS, "-fopenmp", *(f"-isystem{path}" for path in include_paths())],
     extra_link_args=["-ldl"],
 )
 

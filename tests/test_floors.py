@@ -82,6 +82,7 @@ TORCH_FREE = {
     "engine.process",
     "rewards",
 }
+OPERATORS = {"engine.ops.library", "engine.ops.loss"}  # what engine.ops leaves to be imported by who has torch
 
 
 def module_name(path: Path) -> str:
@@ -165,7 +166,7 @@ def test_no_import_is_circular():
         pytest.fail(f"circular import: {' <- '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("module", [module for module in SOURCES if within(module, TORCH_FREE)])
+@pytest.mark.parametrize("module", [m for m in SOURCES if within(m, TORCH_FREE) and m not in OPERATORS])
 def test_no_torch_is_loaded_with(module):
     heavy = sorted({name for name in loaded(module, set()) if name in ("torch", "transformers")})
     assert not heavy, f"importing {module} imports {heavy}"
