@@ -55,7 +55,8 @@ typedef struct {
   LeewayType type;
 } LeewayTokens;
 
-// N rows of V logits, one for each target token.
+// N rows of V logits, one for each target token. A logit of -inf is a token that cannot be sampled; NaN, +inf or
+// nothing but -inf makes all results of the row NaN, and a target outside the vocabulary all but entropy and lse.
 typedef struct {
   const void* logits;          // [N, V]
   void* grad;                  // [N, V] d loss / d logits, may be `logits` where the types agree; null: not wanted
@@ -89,10 +90,12 @@ enum { LEEWAY_HEALTH = 15 };
 
 // Stage A: logprob, entropy and lse of rows [begin, end).
 void leeway_row_stats_cpu(const LeewayRows*, int64_t begin, int64_t end);
-// Stage C: grad of rows [begin, end) from logits, lse, entropy and the two slopes.
+// Stage C: grad of rows [begin, end) from logits, lse, entropy and the two slopes; where both are 0, the logits are not
+// read.
 void leeway_row_grad_cpu(const LeewayRows*, int64_t begin, int64_t end);
-// A, B and C in one pass over a row held in cache; only for recipes that look at one token at a time. What else is
-// wanted of the tokens, token_terms makes of `logprob` and `entropy`.
+// A, B and C of a row while it is in cache, with the same bits as one after the other; only for recipes that look at
+// one token at a time. Masked rows are not read: their results are 0. What else is wanted of the tokens, token_terms
+// makes of `logprob` and `entropy`.
 void leeway_row_loss_cpu(const LeewayRows*, const LeewayTokens*, const LeewayRecipe*, int64_t begin, int64_t end);
 // Stage B over sequences [begin, end) given rows' logprob and entropy (null: 0).
 void leeway_token_terms_cpu(const LeewayTokens*, const LeewayRecipe*, const void* logprob, const void* entropy,

@@ -1,0 +1,3 @@
+#define LEEWAY_ISA avx2
+#include "../common/isa.h"
+#include "cpu_rows.h"

@@ -1,0 +1,3 @@
+#define LEEWAY_ISA avx512
+#include "../common/isa.h"
+#include "cpu_rows.h"
