@@ -12,6 +12,7 @@
 namespace leeway {
 namespace {
 
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kCached = int64_t{8} << 20;  // bytes of gradient that the cache may hold for whoever reads them next
 
 const RowKernels& kernels() {
@@ -60,7 +61,7 @@ void write(LeewayType type, void* array, int64_t i, double x) {
 // The target's logit / temperature; NaN where there is no such target, and so everything that follows from it.
 double of_target(const LeewayRows& rows, int64_t row) {
   const int64_t target = rows.targets[row];
-  if (target < 0 || target >= rows.vocab) return std::numeric_limits<double>::quiet_NaN();
+  if (target < 0 || target >= rows.vocab) return kNaN;
   return read(rows.logits_type, logits(rows, row), target) * per_temperature(rows);
 }
 
@@ -101,7 +102,7 @@ RowStats<T> stats_of(const LeewayRows& rows, int64_t row) {
   const RowSums sums = rows.logits_type == LEEWAY_F64
                            ? sums_of(static_cast<const double*>(z), rows.vocab, scale)
                            : kernels().sums[rows.logits_type - LEEWAY_F32](z, rows.vocab, float(scale));
-  const double log_sum = std::log(sums.sum);
+  const double log_sum = sums.sum > 0 ? std::log(sums.sum) : kNaN;
   return {T(of_target(rows, row) - sums.top - log_sum), T(log_sum - sums.moment / sums.sum), T(sums.top + log_sum)};
 }
 

@@ -60,11 +60,12 @@ RowSums sums(const void* logits, int64_t vocab, float per_temperature) {
   for (int64_t j = 0; j < vocab; j += kBlock) {
     const int64_t count = vocab - j < kBlock ? vocab - j : kBlock;
     Block block = LEEWAY_ISA::block(z + j, count, per_temperature, float(sums.top));
-    const double further = sums.top - block.greatest * per_temperature;
-    if (further < 0) {
-      const double scale = ::exp(further);
-      sums = {sums.top - further, scale * sums.sum, scale * (sums.moment + further * sums.sum)};
-      block = LEEWAY_ISA::block(z + j, count, per_temperature, float(sums.top));
+    const double top = block.greatest * per_temperature;
+    if (top > sums.top) {
+      const double lower = sums.top - top;
+      const double scale = ::exp(lower);
+      sums = {top, scale * sums.sum, scale * (sums.moment + lower * sums.sum)};
+      block = LEEWAY_ISA::block(z + j, count, per_temperature, float(top));
     }
     sums.sum += block.sum;
     sums.moment += block.moment;

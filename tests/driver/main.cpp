@@ -1,0 +1,98 @@
+#include <sys/mman.h>
+
+#include <map>
+#include <string>
+
+#include "../../csrc/common/dispatch.h"
+#include "driver.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#endif
+
+namespace driver {
+namespace {
+
+std::map<std::string, void (*)()>& checks() {
+  static std::map<std::string, void (*)()> checks;
+  return checks;
+}
+
+void print_isas() {
+  using leeway::Isa;
+  if (leeway::has(Isa::portable)) puts("portable");
+  if (leeway::has(Isa::avx2)) puts("avx2");
+  if (leeway::has(Isa::avx512)) puts("avx512");
+}
+
+}  // namespace
+
+bool add(const char* name, void (*check)()) { return checks().emplace(name, check).second; }
+
+const std::vector<Device>& devices() {
+#ifdef LEEWAY_CUDA
+  static const std::vector<Device> devices = {Device::cpu, Device::cuda};
+#else
+  static const std::vector<Device> devices = {Device::cpu};
+#endif
+  return devices;
+}
+
+#ifdef __CUDACC__
+void finish(int status) {
+  REQUIRE(status == cudaSuccess, "%s", cudaGetErrorString(cudaError_t(status)));
+  const cudaError_t later = cudaDeviceSynchronize();
+  REQUIRE(later == cudaSuccess, "%s", cudaGetErrorString(later));
+}
+
+void* allocate(size_t bytes) {
+  void* memory = nullptr;
+  REQUIRE(cudaMallocManaged(&memory, bytes ? bytes : 1) == cudaSuccess, "%zu bytes", bytes);
+  memset(memory, 0xff, bytes);
+  return memory;
+}
+
+void release(void* memory) { cudaFree(memory); }
+
+void* reserve(size_t bytes) {
+  void* memory = nullptr;
+  REQUIRE(cudaMallocManaged(&memory, bytes) == cudaSuccess, "%zu bytes", bytes);
+  return memory;
+}
+
+void unreserve(void* memory, size_t) { cudaFree(memory); }
+#else
+void finish(int status) { REQUIRE(status == 0, "%d", status); }
+
+void* allocate(size_t bytes) {
+  void* memory = malloc(bytes);
+  if (bytes > 0) memset(memory, 0xff, bytes);
+  return memory;
+}
+
+void release(void* memory) { free(memory); }
+
+void* reserve(size_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  REQUIRE(memory != MAP_FAILED, "%zu bytes", bytes);
+  return memory;
+}
+
+void unreserve(void* memory, size_t bytes) { munmap(memory, bytes); }
+#endif
+
+}  // namespace driver
+
+int main(int count, char** arguments) {
+  if (count == 2 && strcmp(arguments[1], "--isa") == 0) {
+    driver::print_isas();
+    return 0;
+  }
+  std::map<std::string, void (*)()> wanted;
+  for (int i = 1; i < count; ++i) wanted[arguments[i]] = driver::checks().at(arguments[i]);
+  for (const auto& [name, check] : count == 1 ? driver::checks() : wanted) {
+    puts(name.c_str());
+    fflush(stdout);
+    check();
+  }
+}
