@@ -154,6 +154,7 @@ __device__ __forceinline__ unsigned cluster_size() {
 // end before a barrier after the last look.
 __device__ __forceinline__ void cluster_arrive() {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  __syncwarp();  // the barrier is a warp's, not a thread's
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #elif !defined(__CUDACC__)
   emulator::cluster_arrive();
@@ -162,6 +163,7 @@ __device__ __forceinline__ void cluster_arrive() {
 
 __device__ __forceinline__ void cluster_wait() {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  __syncwarp();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #elif defined(__CUDACC__)
   __syncthreads();

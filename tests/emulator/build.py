@@ -16,7 +16,7 @@ SANITIZERS = {
 def emulated(*sources: Path, sanitizer: str) -> Path:
     """The program that C++ and CUDA `sources` make together with the emulator."""
     program = Path(tempfile.mkdtemp(prefix="emulated-")) / "program"
-    flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", *SANITIZERS[sanitizer]]
+    flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", *SANITIZERS[sanitizer]]
     files = [*sources, EMULATOR / "emulator.cpp"]
     subprocess.run(["g++", *flags, "-I", EMULATOR, "-x", "c++", *files, "-o", program], check=True)
     return program
