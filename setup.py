@@ -16,8 +16,18 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 FLAGS = ["-std=c++20", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"]
-NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC", "--threads", "0"]
-ARCHITECTURES = {"80": "80", "90a": "90a"}  # A100; H100 and H200
+ARCHITECTURES = ["80", "90a"]  # A100; H100 and H200
+
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC"]
+NVCC_FLAGS += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}" for architecture in ARCHITECTURES]
+NVCC_RULES = f"""
+rule compile
+  command = $nvcc {" ".join(NVCC_FLAGS)} -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $nvcc -shared -cudart static $in -o $out
+"""
 
 
 def sources(*patterns: str) -> list[str]:
@@ -44,15 +54,19 @@ class Build(BuildExtension):
     def run(self) -> None:
         super().run()
         nvcc = shutil.which("nvcc")
-        if nvcc is not None and sources("*/cuda/*.cu"):
+        if nvcc is not None:
             self._compile_cuda(nvcc)
 
     def _compile_cuda(self, nvcc: str) -> None:
         package = Path("engine/ops") if self.inplace else Path(self.build_lib, "engine/ops")
-        package.mkdir(parents=True, exist_ok=True)
-        targets = [f"-gencode=arch=compute_{a},code=sm_{b}" for a, b in ARCHITECTURES.items()]
-        kernels = sources("*/cuda/*.cu")
-        subprocess.run([nvcc, *NVCC_FLAGS, *targets, *kernels, "-o", str(package / "_cuda.so")], check=True)
+        objects = {source: Path(self.build_temp, source).with_suffix(".o") for source in sources("*/cuda/*.cu")}
+        rules = [f"builddir = {self.build_temp}", f"nvcc = {nvcc}", NVCC_RULES]
+        rules += [f"build {made}: compile {source}" for source, made in objects.items()]
+        rules += [f"build {package / '_cuda.so'}: link {' '.join(map(str, objects.values()))}", ""]
+        script = Path(self.build_temp, "cuda.ninja")
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text("\n".join(rules))
+        subprocess.run(["ninja", "--quiet", "-f", script], check=True)
 
 
 setup(ext_modules=[HOST, OPS], cmdclass={"build_ext": Build.with_options(use_ninja=True, no_python_abi_suffix=True)})

@@ -13,8 +13,8 @@
 //     }
 //
 // The emulator runs what this subset allows: one-dimensional grids, only dynamic shared memory (through `shared`), warp
-// functions with the full mask and whole warps, __syncthreads and its votes, clusters and asynchronous copies through the
-// functions below, no float atomics, no float intrinsics without a function here. Rows times columns pass 2^31: int64_t.
+// functions with the full mask and whole warps, __syncthreads and its votes, clusters and asynchronous copies through
+// the functions below, atomics of integers only. Rows times columns pass 2^31: int64_t.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -149,9 +149,9 @@ __device__ __forceinline__ unsigned cluster_size() {
 #endif
 }
 
-// The cluster's barrier in two halves: what a thread wrote before arriving, to global or shared memory, is seen by those
-// that have waited. A block may look into another's shared memory only after a barrier since both started, and none may
-// end before a barrier after the last look.
+// The cluster's barrier in two halves: what a thread wrote before arriving, to global or shared memory, is seen by
+// those that have waited. A block may look into another's shared memory only after a barrier since both started, and
+// none may end before a barrier after the last look.
 __device__ __forceinline__ void cluster_arrive() {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
   __syncwarp();  // the barrier is a warp's, not a thread's

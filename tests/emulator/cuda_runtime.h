@@ -2,10 +2,10 @@
 //
 //     g++ -std=c++20 -I tests/emulator -x c++ csrc/*/cuda/*.cu tests/emulator/emulator.cpp
 //
-// Each thread of a block, and of a cluster's blocks, is a fiber that runs until it waits for others; blocks and clusters
-// run one after the other. It aborts, naming the kernel, when threads wait for one that never comes. Shared memory is
-// allocated to the byte and starts as NaN, for AddressSanitizer; under ThreadSanitizer two threads that touch the same
-// shared or global memory without a barrier between them are a race, as on a GPU.
+// Each thread of a block, and of a cluster's blocks, is a fiber that runs until it waits for others; clusters run one
+// after the other. It aborts, naming the kernel, when threads wait for one that never comes. Shared memory is allocated
+// to the byte and starts as NaN, for AddressSanitizer; under ThreadSanitizer two threads that touch the same shared or
+// global memory without a barrier between them are a race, as on a GPU.
 //
 // Environment: LEEWAY_EMULATED_SM (80 or 90) and LEEWAY_EMULATED_SHARED (bytes a block may have) describe the device.
 #pragma once

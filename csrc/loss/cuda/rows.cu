@@ -4,7 +4,7 @@
 // sums against the greatest logit that it has met, so an element costs one exponential on its way in and one on its way
 // out. Sums are merged in a fixed order.
 //
-// `row_loss` reads a row once: each block of a cluster holds a piece of it in shared memory, learns of the others' sums,
+// `row_loss` reads a row once: each block of a cluster holds a piece of it in shared memory, learns of the others' sums
 // and writes the gradient, also to where the logits were. A row too long for that, as every long row is on a device
 // without clusters, goes by one block that reads it twice, the second time mostly from L2.
 //
@@ -110,8 +110,7 @@ struct Stats {
 
 template <typename T>
 __device__ Stats<T> stats_of(const Sums<T>& sums, T target, const Temperature<T>& temperature) {
-  const bool valid = sums.mass > 0 && target == target;
-  const T bits = valid ? std::log2(sums.mass) : T(NAN), ln2 = T(kLn2);
+  const T bits = sums.mass > 0 ? std::log2(sums.mass) : T(NAN), ln2 = T(kLn2);
   return {(std::fma(target, temperature.in_bits, -sums.offset) - bits) * ln2, (bits - sums.moment / sums.mass) * ln2,
           (sums.offset + bits) * ln2};
 }
@@ -362,8 +361,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(X) == 8 ? 2 : 4)
   const auto at = [row](const void* array) { return array == nullptr ? T(0) : static_cast<const T*>(array)[row]; };
   const Piece<X, G> piece(rows, row, 0, rows.vocab, aligned);
   const T offset = at(rows.lse) * T(kLog2E);
-  const T logprob =
-      std::fma(target_logit<X>(rows, row, target), temperature.in_bits, -offset) * T(kLn2);
+  const T logprob = std::fma(target_logit<X>(rows, row, target), temperature.in_bits, -offset) * T(kLn2);
   const Slope<T> slope =
       slope_of(at(rows.slope_logprob), at(rows.slope_entropy), logprob, at(rows.entropy), offset, T(1), temperature);
   if (slope.is_zero()) {
@@ -419,7 +417,7 @@ __global__ void __launch_bounds__(held ? kThreads : kManyThreads<X>, held ? kHel
 // ---- Launches
 
 bool is_aligned(const void* base, int64_t stride, size_t size, size_t to) {
-  return reinterpret_cast<uintptr_t>(base) % to == 0 && stride * size % to == 0;
+  return base == nullptr || (reinterpret_cast<uintptr_t>(base) % to == 0 && stride * size % to == 0);
 }
 
 // Whether all rows' vectors are, both where they come from and where they go to.
@@ -451,21 +449,38 @@ Division divide(int64_t vocab, size_t logit) {
   return {0, vocab, kBoard};
 }
 
-// call.operator()<X, G>() for the types of logits and gradient.
 template <typename Call>
-cudaError_t with_types(const LeewayRows& rows, Call call) {
-  constexpr int kTypes = LEEWAY_F16 + 1;
-  switch (rows.logits_type * kTypes + rows.grad_type) {
-    case LEEWAY_F64 * kTypes + LEEWAY_F64: return call.template operator()<double, double>();
-    case LEEWAY_F32 * kTypes + LEEWAY_F32: return call.template operator()<float, float>();
-    case LEEWAY_F32 * kTypes + LEEWAY_BF16: return call.template operator()<float, Bf16>();
-    case LEEWAY_F32 * kTypes + LEEWAY_F16: return call.template operator()<float, F16>();
-    case LEEWAY_BF16 * kTypes + LEEWAY_BF16: return call.template operator()<Bf16, Bf16>();
-    case LEEWAY_BF16 * kTypes + LEEWAY_F32: return call.template operator()<Bf16, float>();
-    case LEEWAY_F16 * kTypes + LEEWAY_F16: return call.template operator()<F16, F16>();
-    case LEEWAY_F16 * kTypes + LEEWAY_F32: return call.template operator()<F16, float>();
+cudaError_t with_type(LeewayType type, Call call) {
+  switch (type) {
+    case LEEWAY_F32: return call.template operator()<float>();
+    case LEEWAY_BF16: return call.template operator()<Bf16>();
+    case LEEWAY_F16: return call.template operator()<F16>();
     default: return cudaErrorInvalidValue;
   }
+}
+
+// call.operator()<X, G>() for the types of logits and gradient; double goes with double alone.
+template <typename Call>
+cudaError_t with_types(LeewayType logits, LeewayType grad, Call call) {
+  if (logits == LEEWAY_F64 && grad == LEEWAY_F64) return call.template operator()<double, double>();
+  return with_type(logits, [&]<typename X>() {
+    return with_type(grad, [&]<typename G>() { return call.template operator()<X, G>(); });
+  });
+}
+
+template <typename X>
+cudaError_t launch_stats(LeewayRows rows, void* stream) {
+  rows.grad = nullptr;
+  const Shape shape{.grid = rows.num_rows, .block = kThreads, .shared = kBoard};
+  const Temperature<Wide<X>> temperature(rows.temperature);
+  return launch<stats_of_row<X>>(shape, stream, rows, temperature, is_aligned<X, X>(rows));
+}
+
+template <typename X, typename G>
+cudaError_t launch_grad(const LeewayRows& rows, void* stream) {
+  const Shape shape{.grid = rows.num_rows, .block = kThreads};
+  const Temperature<Wide<X>> temperature(rows.temperature);
+  return launch<grad_of_row<X, G>>(shape, stream, rows, temperature, is_aligned<X, G>(rows));
 }
 
 template <typename X, typename G>
@@ -489,26 +504,19 @@ extern "C" {
 
 int leeway_row_stats_cuda(const LeewayRows* rows, void* stream) {
   if (rows->num_rows == 0) return cudaSuccess;
-  LeewayRows logits = *rows;
-  logits.grad_type = rows->logits_type;
-  logits.grad = nullptr;
-  return leeway::with_types(logits, [&]<typename X, typename>() {
-    const leeway::Shape shape{.grid = logits.num_rows, .block = leeway::kThreads, .shared = leeway::kBoard};
-    return leeway::launch<leeway::stats_of_row<X>>(shape, stream, logits, leeway::Temperature<leeway::Wide<X>>(logits.temperature), leeway::is_aligned<X, X>(logits));
-  });
+  const auto launch = [&]<typename X>() { return leeway::launch_stats<X>(*rows, stream); };
+  return rows->logits_type == LEEWAY_F64 ? launch.operator()<double>() : leeway::with_type(rows->logits_type, launch);
 }
 
 int leeway_row_grad_cuda(const LeewayRows* rows, void* stream) {
   if (rows->num_rows == 0) return cudaSuccess;
-  return leeway::with_types(*rows, [&]<typename X, typename G>() {
-    const leeway::Shape shape{.grid = rows->num_rows, .block = leeway::kThreads};
-    return leeway::launch<leeway::grad_of_row<X, G>>(shape, stream, *rows, leeway::Temperature<leeway::Wide<X>>(rows->temperature), leeway::is_aligned<X, G>(*rows));
-  });
+  return leeway::with_types(rows->logits_type, rows->grad_type,
+                            [&]<typename X, typename G>() { return leeway::launch_grad<X, G>(*rows, stream); });
 }
 
 int leeway_row_loss_cuda(const LeewayRows* rows, const LeewayTokens* tokens, const LeewayRecipe* recipe, void* stream) {
   if (rows->num_rows == 0) return cudaSuccess;
-  return leeway::with_types(*rows, [&]<typename X, typename G>() {
+  return leeway::with_types(rows->logits_type, rows->grad_type, [&]<typename X, typename G>() {
     return leeway::launch_loss<X, G>(*rows, *tokens, *recipe, stream);
   });
 }

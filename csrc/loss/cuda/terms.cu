@@ -1,5 +1,5 @@
-// What tokens make of their log-probabilities, on a GPU: a block for each sequence, which goes over its tokens once, and
-// where tokens depend on each other twice before. Sums are in double and merged in a fixed order.
+// What tokens make of their log-probabilities, on a GPU: a block for each sequence goes over its tokens once, and twice
+// before where they depend on each other. Sums are in double and merged in a fixed order.
 #include "../../common/cuda.cuh"
 #include "../token_loss.h"
 
@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kManyThreads)
   auto* board = shared<double>();
   auto* bins = shared<unsigned>(kMaxWarps * LEEWAY_HEALTH * sizeof(double));
   const int64_t number = blockIdx.x;
-  const Sequence<T> sequence{tokens, recipe, logprob, entropy, tokens.cu_seqlens[number], tokens.cu_seqlens[number + 1]};
+  const int32_t* bounds = tokens.cu_seqlens + number;
+  const Sequence<T> sequence{tokens, recipe, logprob, entropy, bounds[0], bounds[1]};
   for (int i = threadIdx.x; i < num_bins; i += blockDim.x) bins[i] = 0;
   __syncthreads();
   const SequenceStats<T> stats = sequence_level ? sequence.stats(board) : SequenceStats<T>{};
