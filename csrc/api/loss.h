@@ -93,9 +93,9 @@ void leeway_row_stats_cpu(const LeewayRows*, int64_t begin, int64_t end);
 // Stage C: grad of rows [begin, end) from logits, lse, entropy and the two slopes; where both are 0, the logits are not
 // read.
 void leeway_row_grad_cpu(const LeewayRows*, int64_t begin, int64_t end);
-// A, B and C of a row while it is in cache, with the same bits as one after the other; only for recipes that look at
-// one token at a time. Masked rows are not read: their results are 0. What else is wanted of the tokens, token_terms
-// makes of `logprob` and `entropy`.
+// A, B and C of a row while it is in cache, on the CPU with the same bits as one after the other; only for recipes that
+// look at one token at a time. Masked rows are not read: their results are 0. What else is wanted of the tokens,
+// token_terms makes of `logprob` and `entropy`.
 void leeway_row_loss_cpu(const LeewayRows*, const LeewayTokens*, const LeewayRecipe*, int64_t begin, int64_t end);
 // Stage B over sequences [begin, end) given rows' logprob and entropy (null: 0).
 void leeway_token_terms_cpu(const LeewayTokens*, const LeewayRecipe*, const void* logprob, const void* entropy,
