@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine import parallel
-from engine.algorithms.method import Method, means
+from engine.algorithms.method import Method, Tokens, means
 from engine.config import Config
 from engine.config import Learner as LearnerConfig
-from engine.head import Objective, Reference
+from engine.head import head_of
 from engine.model import lm_head
 from engine.packer import MicroBatch, Update, pack
 from engine.policy import Batch, Policy, blocks, logprob, named_tensors, recompute_activations, with_advantage
@@ -79,7 +79,7 @@ class Learner:
         self._optimizer = adamw(model, config.learner)
 
     def _place(self, config: Config, model: PreTrainedModel) -> Policy:
-        policy = Policy(model, Reference(lm_head(model), config.generator.temperature))
+        policy = Policy(model, head_of(lm_head(model), config.ops.backend, config.generator.temperature, self._method))
         if parallel.num_ranks() > 1 or self._device.type == "cuda":
             precision = {"mixed_precision": config.learner.mixed_precision, "exact_root": config.model.fp32_head}
             parallel.shard(policy, blocks(model), **precision)
@@ -118,7 +118,8 @@ class Learner:
         total = torch.zeros((), device=self._device, dtype=torch.float64)
         for micro, proximal in zip(self._mine(update), proximals, strict=True):
             batch = self._batch(micro)
-            loss, sums = self._policy(batch, self._objective(batch, update, proximal))
+            tokens = self._tokens(batch, proximal)
+            loss, sums = self._policy(batch, tokens, num_tokens=update.num_tokens, num_sequences=update.num_sequences)
             loss.backward()
             names = list(sums)
             total = total + torch.stack([loss.detach(), *sums.values()]).double()
@@ -136,17 +137,16 @@ class Learner:
     def _batch(self, micro: MicroBatch) -> Batch:
         return Batch.of(micro, self._device, with_advantage(micro) if self._skips_idle else None)
 
-    def _objective(self, batch: Batch, update: Update, proximal: Tensor | None) -> Objective:
-        """What one micro-batch adds to the loss of its update; those of all micro-batches and ranks add up to it."""
+    def _tokens(self, batch: Batch, proximal: Tensor | None) -> Tokens:
+        """The batch's, with what the learner knows of the other policies."""
         reference = None if self._reference is None else logprob(self._reference, batch)
-        tokens = replace(
+        return replace(
             batch.tokens,
             proximal=proximal,
             reference=reference,
             staleness=self.version - batch.version,
             moved=self._moved,
         )
-        return Objective(self._method, tokens, update.num_tokens, update.num_sequences)
 
     def _apply(self, gradients: list[Tensor], norm: float) -> None:
         if norm > self._config.clip_norm:

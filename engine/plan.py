@@ -4,7 +4,7 @@ from transformers import PreTrainedModel
 
 from engine.algorithms.method import compose
 from engine.config import Config
-from engine.head import LOGITS_AT_ONCE
+from engine.head import HEADS
 from engine.placement import Seat
 from engine.policy import manifest_of, named_tensors
 from engine.prompts import Prompts
@@ -40,7 +40,7 @@ def memory(config: Config, seat: Seat, policy: PreTrainedModel) -> dict[str, flo
 
     Learner: (parameter + gradient + two moments, and the reference's parameter where there is one) / ranks, the
     activations of one micro-batch (about 34 numbers a token, layer and hidden unit, or 2 with recomputation and one
-    layer whole, arXiv:2205.05198) and three copies of its logits. Generator: parameters, their staged copy and the
+    layer whole, arXiv:2205.05198) and what its head takes. Generator: parameters, their staged copy and the
     KV cache of all slots. Shared weights: two versions.
     """
     shape = policy.config.get_text_config()
@@ -51,12 +51,12 @@ def memory(config: Config, seat: Seat, policy: PreTrainedModel) -> dict[str, flo
     head_dim = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
     size, compute = BYTES[config.model.dtype], 2 if config.learner.mixed_precision else BYTES[config.model.dtype]
     activations = tokens * width * (layers * 2 + 34 if config.learner.activation_checkpointing else layers * 34)
-    logits = min(tokens * shape.vocab_size, LOGITS_AT_ONCE) * 3 * 4
+    head = HEADS[config.ops.backend].memory(tokens, shape.vocab_size, width, seat.device)
     states = 5 if compose(config.algorithm).needs_reference else 4
     payload = sum(entry.num_bytes for entry in manifest_of(policy, config).entries)
     cache = 2 * layers * heads * head_dim * config.generator.slots * config.model.context
     return {
-        "learner": states * parameters * size / seat.num_learners + activations * compute + logits,
+        "learner": states * parameters * size / seat.num_learners + activations * compute + head,
         "generator": 2 * payload + cache * BYTES[config.generator.dtype],
         "shared weights": 2 * payload,
     }

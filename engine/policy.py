@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from engine.algorithms.method import Tokens
 from engine.attention import Layout
 from engine.config import Config
-from engine.head import Head, Objective
+from engine.head import Head
 from engine.model import hidden_states, lm_head
 from engine.packer import MicroBatch
 from engine.weights import Manifest
@@ -77,13 +77,14 @@ class Policy(nn.Module):
         self.model = model
         self._head = head
 
-    def forward(self, batch: Batch, objective: Objective | None = None) -> Any:
-        """(log-probability [N], entropy [N]) of the targets, or the objective's loss and sums."""
+    def forward(self, batch: Batch, tokens: Tokens | None = None, **counts: int) -> Any:
+        """(log-probability [N], entropy [N]) of the targets; or of `tokens`, the batch's with what else is known of
+        them, (loss, sums): see `Method.loss`, which explains `counts`."""
         hidden = hidden_states(self.model, batch.token_ids, batch.position_ids, batch.layout)
         hidden = hidden.index_select(0, batch.rows)
-        if objective is None:
+        if tokens is None:
             return self._head.score(hidden, batch.targets)
-        return self._head.loss(hidden, batch.targets, objective)
+        return self._head.loss(hidden, batch.targets, tokens, **counts)
 
 
 @torch.no_grad()

@@ -103,14 +103,26 @@ def sample(model) -> list[Group]:
     ]
 
 
-@pytest.mark.parametrize(("mixed", "bound"), [(False, 1e-4), (True, 0.05)])
-def test_the_learner_agrees_with_the_generator_and_trains(one_rank, tmp_path, mixed, bound):
-    config = parse({**TABLE, "learner": {**TABLE["learner"], "mixed_precision": mixed}})
+@pytest.mark.parametrize("loss", ["ppo_clip", "gspo"])
+def test_kernels_and_reference_take_the_same_step(one_rank, tmp_path, loss):
     groups = sample(policy())
-    learner = Learner(config, policy(), compose(config.algorithm), device="cuda", directory=tmp_path)
-    assert learner.mismatch(groups) < bound
-    before = {name: tensor.clone() for name, tensor in learner.weights()}
-    updates = pack(
+    moved = []
+    for backend in ("fused", "reference"):
+        algorithm = {"loss": {"name": loss}, "kl": {"name": "k3", "coefficient": 0.1}, "entropy": 0.01}
+        learner_table = {**TABLE["learner"], "eps": 1.0}  # steps in proportion to the gradient
+        table = {**TABLE, "learner": learner_table, "algorithm": algorithm, "ops": {"backend": backend}}
+        config = parse(table)
+        learner = Learner(config, policy(), compose(config.algorithm), device="cuda", directory=tmp_path)
+        report = learner.step(packed(groups))
+        moved.append((report, {name: tensor.clone() for name, tensor in learner.weights()}))
+    (fused, weights), (reference, expected) = moved
+    assert fused == pytest.approx(reference, rel=1e-3, abs=1e-5)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def packed(groups):
+    return pack(
         groups,
         [np.array([1, -1, 1, -1], np.float32)] * 2,
         version=0,
@@ -120,6 +132,15 @@ def test_the_learner_agrees_with_the_generator_and_trains(one_rank, tmp_path, mi
         share_prefix=True,
         num_updates=1,
     )
-    report = learner.step(updates)
+
+
+@pytest.mark.parametrize(("mixed", "bound"), [(False, 1e-4), (True, 0.05)])
+def test_the_learner_agrees_with_the_generator_and_trains(one_rank, tmp_path, mixed, bound):
+    config = parse({**TABLE, "learner": {**TABLE["learner"], "mixed_precision": mixed}})
+    groups = sample(policy())
+    learner = Learner(config, policy(), compose(config.algorithm), device="cuda", directory=tmp_path)
+    assert learner.mismatch(groups) < bound
+    before = {name: tensor.clone() for name, tensor in learner.weights()}
+    report = learner.step(packed(groups))
     assert report["skipped_updates"] == 0 and np.isfinite(report["grad_norm"])
     assert any(not torch.equal(before[name], tensor) for name, tensor in learner.weights())

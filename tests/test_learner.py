@@ -1,5 +1,6 @@
 """The learner: what one step does to the parameters, however the take was split over micro-batches and ranks."""
 
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -138,9 +139,9 @@ def test_recomputed_activations_give_the_same_gradient(tmp_path: Path) -> None:
 
 
 def test_logits_in_pieces_give_the_same_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = stepped(tmp_path, "algorithm.entropy=0.1")
+    at_once = stepped(tmp_path, "algorithm.entropy=0.1", "ops.backend='reference'")
     monkeypatch.setattr(head, "LOGITS_AT_ONCE", 3 * learning.VOCAB)
-    in_pieces = stepped(tmp_path, "algorithm.entropy=0.1")
+    in_pieces = stepped(tmp_path, "algorithm.entropy=0.1", "ops.backend='reference'")
     assert learning.largest_difference(gradients(at_once), gradients(in_pieces)) < 1e-14
 
 
@@ -163,11 +164,16 @@ REFERENCE = (
     "learner.updates_per_step=2",
     "algorithm.correction.name='decoupled'",
 )
+PLAIN = "ops.backend='reference'"
 CASES: list[dict[str, Any]] = [
+    {"options": {}, "groups": 3, "overrides": (PLAIN,)},
+    {"options": {"tied": False, "model": "gpt_neox"}, "groups": 3, "overrides": (PLAIN, *REFERENCE)},
+    {"options": {}, "groups": 1, "overrides": (PLAIN, "learner.activation_checkpointing=true")},
     {"options": {}, "groups": 3, "overrides": ()},
     {"options": {"tied": False}, "groups": 3, "overrides": ("learner.activation_checkpointing=true",)},
     {"options": {}, "groups": 1, "overrides": ()},  # one unit of work: the other ranks run empty micro-batches
     {"options": {"model": "gpt_neox"}, "groups": 3, "overrides": REFERENCE},
+    {"options": {"tied": False}, "groups": 3, "overrides": ("algorithm.entropy=0.1", "generator.temperature=0.7")},
     {"options": {"dtype": "float32"}, "groups": 3, "overrides": ()},
 ]
 
@@ -188,12 +194,13 @@ def test_any_number_of_ranks_makes_the_same_step(tmp_path: Path, num_ranks: int)
 
 
 def heads_on_rank(rank: int, directory: Path) -> list[Any]:
-    """One step of each case in mixed precision: what head and a layer computed in, as (weight, input); whether some
-    logits were finer than bfloat16; the gradients."""
-    mixed = ("learner.mixed_precision=true",)
+    """One step of each case in mixed precision: what head and a layer computed in, as (weight, input), and whether some
+    logits were finer than bfloat16; the gradients, and those of the fused backend."""
     results = []
     for tied, fp32_head in HEADS:
-        config = learning.configure(*mixed, f"model.fp32_head={str(fp32_head).lower()}", dtype="float32", tied=tied)
+        mixed = ("learner.mixed_precision=true", f"model.fp32_head={str(fp32_head).lower()}")
+        fused = learning.configure(*mixed, dtype="float32", tied=tied)
+        config = learning.configure(*mixed, PLAIN, dtype="float32", tied=tied)
         learner = learning.learner(config, directory)
         seen: dict[str, Any] = {}
 
@@ -205,7 +212,9 @@ def heads_on_rank(rank: int, directory: Path) -> list[Any]:
         for name, linear in (("head", lm_head(learner.model)), ("layer", layer)):
             linear.register_forward_hook(partial(watch, name))
         learner.step(learning.take(config, learning.groups(4), 2))
-        results.append((seen, gradients(learner)))
+        learner_2 = learning.learner(fused, directory)
+        learner_2.step(learning.take(fused, learning.groups(4), 2))
+        results.append((seen, gradients(learner), gradients(learner_2)))
     return results
 
 
@@ -215,11 +224,11 @@ HEADS = [(True, False), (True, True), (False, False), (False, True)]  # tied, fp
 def test_mixed_precision_with_and_without_a_wide_head(tmp_path: Path) -> None:
     half, single = torch.bfloat16, torch.float32
     for results in learning.on_ranks(2, heads_on_rank, tmp_path):
-        for (tied, fp32_head), (seen, grads) in zip(HEADS, results, strict=True):
+        for (tied, fp32_head), (seen, *both) in zip(HEADS, results, strict=True):
             head = single if fp32_head else half
             assert seen == {"layer": (half, half, False), "head": (head, head, fp32_head)}
             exact = gradients(stepped(tmp_path, num_groups=4, dtype="float32", tied=tied))
-            for name, gradient in exact.items():
+            for (name, gradient), grads in itertools.product(exact.items(), both):
                 assert (grads[name] - gradient).norm() < 0.1 * gradient.norm(), name
 
 
@@ -313,7 +322,7 @@ class Recorder:
 
 
 def recorded(directory: Path, *overrides: str) -> tuple[Learner, list[Any], list[Update]]:
-    config = learning.configure("learner.tokens_per_micro_batch=4096", *overrides)
+    config = learning.configure("learner.tokens_per_micro_batch=4096", "ops.backend='reference'", *overrides)
     method = Recorder(compose(config.algorithm))
     learner = learning.learner(config, directory, method)  # type: ignore[arg-type]
     updates = learning.take(config, learning.groups(4))
@@ -367,7 +376,7 @@ def partly_idle(config: Any) -> list[Update]:
 
 @pytest.mark.parametrize("loss", ["reinforce", "gspo"])
 def test_idle_completions_cost_no_head_where_only_trained_ones_are_measured(tmp_path: Path, loss: str) -> None:
-    large = ("learner.tokens_per_micro_batch=4096", f"algorithm.loss.name='{loss}'")
+    large = ("learner.tokens_per_micro_batch=4096", f"algorithm.loss.name='{loss}'", "ops.backend='reference'")
     outcomes = []
     for health in ("all", "trained"):
         config = learning.configure(f"ops.health='{health}'", *large)
@@ -384,14 +393,15 @@ def test_idle_completions_cost_no_head_where_only_trained_ones_are_measured(tmp_
 
 
 def test_idle_completions_have_an_entropy_to_train(tmp_path: Path) -> None:
-    config = learning.configure("ops.health='trained'", "learner.tokens_per_micro_batch=4096", "algorithm.entropy=0.1")
+    large = ("learner.tokens_per_micro_batch=4096", "ops.backend='reference'")
+    config = learning.configure("ops.health='trained'", *large, "algorithm.entropy=0.1")
     method = Recorder(compose(config.algorithm))
     learning.learner(config, tmp_path, method).step(partly_idle(config))  # type: ignore[arg-type]
     assert len(method.seen[0][0]) == sum(len(group.token_ids) for group in learning.groups(3))
 
 
 def test_masked_tokens_cost_no_head(tmp_path: Path) -> None:
-    config = learning.configure("learner.tokens_per_micro_batch=4096")
+    config = learning.configure("learner.tokens_per_micro_batch=4096", "ops.backend='reference'")
     method = Recorder(compose(config.algorithm))
     (update,) = learning.take(config, learning.groups(3))
     (micro,) = update.micro_batches[0]

@@ -53,10 +53,11 @@ def test_roles(ranks: int, overrides: tuple[str, ...], roles: str) -> None:
 
 
 def test_memory_of_each_role() -> None:
-    activations, logits = 32 * 16 * 2 * 34, 32 * 11 * 3
+    activations = 32 * 16 * 2 * 34
+    logits, weight_gradient = 32 * 11, 11 * 16
     cache = 2 * 2 * 1 * 8 * 5 * 32  # keys and values, layers, heads, head size, slots, context
     assert memory(*job("generator.slots=5")) == {
-        "learner": 4 * (4 * PARAMETERS + activations + logits),
+        "learner": 4 * (4 * PARAMETERS + activations + logits + weight_gradient),
         "generator": 4 * (2 * PARAMETERS + cache),
         "shared weights": 4 * 2 * PARAMETERS,
     }
@@ -66,6 +67,8 @@ def test_memory_follows_the_configuration() -> None:
     plain = memory(*job())
     sharded = memory(*job(ranks=3))["learner"]
     assert plain["learner"] - sharded == 4 * 4 * PARAMETERS / 2  # two learners
+    plain_head = memory(*job("ops.backend=reference"))["learner"]
+    assert plain_head - plain["learner"] == 4 * (2 * 32 * 11 - 11 * 16)  # three copies of the logits instead
     reference = memory(*job("algorithm.kl={ name = 'k3', coefficient = 0.1 }"))["learner"]
     assert reference - plain["learner"] == 4 * PARAMETERS
     mixed = memory(*job("learner.mixed_precision=true"))["learner"]

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.algorithms.advantages import ADVANTAGES
@@ -47,6 +48,9 @@ class Tokens:
     reference: Tensor | None = None  # float [N]
     staleness: Tensor | None = None  # int32 [N]: the learner's version less the token's; for `mismatch` alone
     moved: bool = False  # the policy was updated since its version was made: no token is its own any more
+
+    def completions(self, dtype: torch.dtype) -> Segments:
+        return Segments(self.sequence, self.mask.to(dtype), len(self.lengths))
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Method:
         `num_sequences` count the whole update, on all ranks, stale tokens included: so the update's loss and gradient
         do not depend on how its completions fell into micro-batches. `means` reads the sums.
         """
-        completions = Segments(tokens.sequence, tokens.mask.to(logprob.dtype), len(tokens.lengths))
+        completions = tokens.completions(logprob.dtype)
         proximal = self._proximal(logprob, tokens)
 
         phi, clipped = self.surrogate(logprob, proximal, tokens.advantage, completions)
