@@ -82,7 +82,8 @@ TORCH_FREE = {
     "engine.process",
     "rewards",
 }
-OPERATORS = {"engine.ops.library", "engine.ops.loss"}  # what engine.ops leaves to be imported by who has torch
+# What engine.ops leaves to be imported by who has torch.
+OPERATORS = {"engine.ops.library", "engine.ops.loss", "engine.ops.buckets"}
 
 
 def module_name(path: Path) -> str:

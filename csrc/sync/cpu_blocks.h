@@ -1,0 +1,215 @@
+// The passes over a bucket's blocks, in the instruction set of the file that includes this.
+//
+// A block is made piece by piece: `fill` casts what belongs there into a buffer that stays in the first-level cache,
+// from which a second loop sums it and writes it past the cache, or compares it with what the bucket holds.
+#pragma once
+
+#include "cpu_vec.h"
+
+namespace leeway::LEEWAY_ISA {
+namespace {
+
+constexpr int64_t kPieceBytes = 2048;
+
+// Calls visit(byte, words) for every whole vector of `num_bytes` bytes, and rest(byte, size) for each word after them,
+// the last one of up to 8 bytes. Their sum, the first byte standing at `position`.
+template <typename Visit, typename Rest>
+LEEWAY_INLINE uint64_t sum_words(const uint8_t* from, int64_t num_bytes, int64_t position, Visit visit, Rest rest) {
+  W key{}, total{};
+  for (int i = 0; i < kWords; ++i) key[i] = key_of(position / 8 + i);
+  int64_t at = 0;
+  for (; at + int64_t(sizeof(W)) <= num_bytes; at += sizeof(W)) {
+    const W words = load_words(from + at);
+    visit(at, words);
+    total += mix(words, key);
+    key += kWords * kKeyStep;
+  }
+  uint64_t sum = 0;
+  for (int i = 0; i < kWords; ++i) sum += total[i];
+  for (; at < num_bytes; at += 8) {
+    const int64_t size = num_bytes - at < 8 ? num_bytes - at : 8;
+    rest(at, size);
+    sum += leeway::mix(load_tail(from + at, size), key_of((position + at) / 8));
+  }
+  return sum;
+}
+
+// --- Casts.
+
+template <typename From, typename To>
+LEEWAY_INLINE void cast(const From* from, int64_t count, float scale, To* to) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) store(to + j, scale == 1 ? load(from + j) : load(from + j) / scale);
+  for (; j < count; ++j) from_float(scale == 1 ? to_float(from[j]) : to_float(from[j]) / scale, to[j]);
+}
+
+// Elements [first, first + count) of a matrix, in runs that share a scale.
+template <typename From>
+void quantise(const LeewayPlaced& matrix, int64_t first, int64_t count, uint8_t* to) {
+  for (int64_t done = 0; done < count;) {
+    const int64_t row = (first + done) / matrix.columns, column = (first + done) % matrix.columns;
+    const int64_t of_tile = LEEWAY_TILE - column % LEEWAY_TILE, of_row = matrix.columns - column;
+    const int64_t run = least(count - done, least(of_tile, of_row));
+    const From* from = static_cast<const From*>(matrix.data) + first + done;
+    cast(from, run, matrix.scales[tile_at(matrix, row, column)], reinterpret_cast<Fp8*>(to + done));
+    done += run;
+  }
+}
+
+template <typename From>
+void cast_to(const LeewayPlaced& tensor, int64_t first_byte, int64_t num_bytes, uint8_t* to) {
+  const From* data = static_cast<const From*>(tensor.data);
+  switch (tensor.format) {
+    case LEEWAY_TO_BF16:
+      return cast(data + first_byte / 2, num_bytes / 2, 1, reinterpret_cast<Bf16*>(to));
+    case LEEWAY_TO_F32:
+      return cast(data + first_byte / 4, num_bytes / 4, 1, reinterpret_cast<float*>(to));
+    case LEEWAY_TO_FP8:
+      return quantise<From>(tensor, first_byte, num_bytes, to);
+  }
+}
+
+// What the tensor's bytes in the bucket from its `first_byte` on are.
+void cast_bytes(const LeewayPlaced& tensor, int64_t first_byte, int64_t num_bytes, uint8_t* to) {
+  if (tensor.format == LEEWAY_AS_IS) {
+    memcpy(to, static_cast<const uint8_t*>(tensor.data) + first_byte, num_bytes);
+  } else if (tensor.type == LEEWAY_F64) {
+    cast_to<double>(tensor, first_byte, num_bytes, to);
+  } else if (tensor.type == LEEWAY_F32) {
+    cast_to<float>(tensor, first_byte, num_bytes, to);
+  } else {
+    cast_to<Bf16>(tensor, first_byte, num_bytes, to);
+  }
+}
+
+// Bytes [at, end) of the bucket. `index` is the last tensor that begins at or before them, and moves on.
+void fill(const LeewayBucket& bucket, int64_t& index, int64_t at, int64_t end, uint8_t* to) {
+  while (at < end) {
+    const bool last = index + 1 == bucket.num_tensors;
+    const int64_t next = last ? bucket.num_bytes : bucket.tensors[index + 1].begin;
+    if (next == at && !last) {
+      ++index;
+      continue;
+    }
+    int64_t until = least(end, next);
+    if (index >= 0 && at < bucket.tensors[index].end) {
+      const LeewayPlaced& tensor = bucket.tensors[index];
+      until = least(until, tensor.end);
+      cast_bytes(tensor, at - tensor.begin, until - at, to);
+    } else {
+      memset(to, 0, until - at);
+    }
+    to += until - at;
+    at = until;
+  }
+}
+
+// Calls piece(at, bytes, size) for the pieces of blocks [begin, end), in order.
+template <typename Piece>
+LEEWAY_INLINE void each_piece(const LeewayBucket& bucket, int64_t begin, int64_t end, Piece piece) {
+  alignas(64) uint8_t bytes[kPieceBytes];
+  const int64_t last = least(end * LEEWAY_BLOCK_BYTES, bucket.num_bytes);
+  int64_t index = find_placed(bucket.tensors, bucket.num_tensors, begin * LEEWAY_BLOCK_BYTES, &LeewayPlaced::begin);
+  for (int64_t at = begin * LEEWAY_BLOCK_BYTES; at < last; at += kPieceBytes) {
+    const int64_t size = least(kPieceBytes, last - at);
+    fill(bucket, index, at, at + size, bytes);
+    piece(at, bytes, size);
+  }
+}
+
+// --- The table's functions.
+
+LEEWAY_INLINE void stream_words(uint8_t* to, W words) { stream(reinterpret_cast<float*>(to), bits<F>(words)); }
+
+uint64_t flatten(const LeewayBucket* bucket, int64_t begin, int64_t end) {
+  const bool aligned = reinterpret_cast<uintptr_t>(bucket->bytes) % sizeof(W) == 0;
+  uint64_t sum = 0;
+  each_piece(*bucket, begin, end, [&](int64_t at, const uint8_t* bytes, int64_t size) {
+    uint8_t* to = bucket->bytes + at;
+    const auto past_cache = [&](int64_t i, W words) { stream_words(to + i, words); };
+    const auto plainly = [&](int64_t i, W words) { memcpy(to + i, &words, sizeof words); };
+    const auto rest = [&](int64_t i, int64_t count) { memcpy(to + i, bytes + i, count); };
+    sum += aligned ? sum_words(bytes, size, bucket->position + at, past_cache, rest)
+                   : sum_words(bytes, size, bucket->position + at, plainly, rest);
+  });
+  fence();
+  return sum;
+}
+
+uint64_t delta(const LeewayBucket* bucket, int64_t begin, int64_t end, uint32_t* counts, uint16_t* offsets,
+               uint16_t* values) {
+  uint64_t sum = 0;
+  for (int64_t block = begin; block < end; ++block) {
+    int64_t count = 0;
+    each_piece(*bucket, block, block + 1, [&](int64_t at, const uint8_t* bytes, int64_t size) {
+      uint8_t* shadow = bucket->bytes + at;
+      const auto tell = [&](int64_t i, uint32_t mask) {
+        for (; mask != 0; mask &= mask - 1) {
+          const int64_t byte = i + 2 * __builtin_ctz(mask);
+          offsets[count] = uint16_t((at + byte) % LEEWAY_BLOCK_BYTES / 2);
+          memcpy(&values[count++], bytes + byte, 2);
+        }
+      };
+      const auto vector = [&](int64_t i, W words) {
+        const uint32_t mask = differing(words, load_words(shadow + i));
+        if (mask == 0) return;
+        tell(i, mask);
+        memcpy(shadow + i, &words, sizeof words);
+      };
+      const auto rest = [&](int64_t i, int64_t size) {
+        for (int64_t unit = i; unit < i + size; unit += 2) tell(unit, memcmp(shadow + unit, bytes + unit, 2) != 0);
+        memcpy(shadow + i, bytes + i, size);
+      };
+      sum += sum_words(bytes, size, bucket->position + at, vector, rest);
+    });
+    counts[block - begin] = uint32_t(count);
+    offsets += count;
+    values += count;
+  }
+  return sum;
+}
+
+uint64_t checksum(const void* bytes, int64_t num_bytes, int64_t position) {
+  const auto nothing = [](int64_t, auto) {};
+  return sum_words(static_cast<const uint8_t*>(bytes), num_bytes, position, nothing, nothing);
+}
+
+template <typename From>
+float top_of(const LeewayPlaced& matrix, Tile tile) {
+  constexpr int32_t infinity = 0x7f800000;
+  I top{};
+  int32_t tail = 0;
+  for (int64_t row = tile.row; row < tile.row + tile.rows; ++row) {
+    const From* from = static_cast<const From*>(matrix.data) + row * matrix.columns + tile.column;
+    int64_t j = 0;
+    for (; j + kLanes <= tile.columns; j += kLanes) {
+      I magnitude = bits<I>(load(from + j)) & 0x7fffffff;
+      magnitude = magnitude < infinity ? magnitude : I{};
+      top = magnitude > top ? magnitude : top;
+    }
+    for (; j < tile.columns; ++j) {
+      const int32_t magnitude = int32_t(bits_of(to_float(from[j])) & 0x7fffffff);
+      if (magnitude < infinity && magnitude > tail) tail = magnitude;
+    }
+  }
+  for (int i = 0; i < kLanes; ++i) tail = top[i] > tail ? top[i] : tail;
+  return of_bits(uint32_t(tail));
+}
+
+void scales(const LeewayBucket* bucket, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t index = find_placed(bucket->tensors, bucket->num_tensors, i, &LeewayPlaced::first_tile);
+    const LeewayPlaced& matrix = bucket->tensors[index];
+    const Tile tile = tile_of(matrix, i - matrix.first_tile);
+    const float top = matrix.type == LEEWAY_F64   ? top_of<double>(matrix, tile)
+                      : matrix.type == LEEWAY_F32 ? top_of<float>(matrix, tile)
+                                                  : top_of<Bf16>(matrix, tile);
+    matrix.scales[i - matrix.first_tile] = fp8_scale(top);
+  }
+}
+
+}  // namespace
+
+extern const BlockKernels kBlocks = {scales, flatten, delta, checksum};
+
+}  // namespace leeway::LEEWAY_ISA

@@ -1,0 +1,4 @@
+#define LEEWAY_ISA portable
+#include "blocks.h"  // before the instruction set: other files use these functions too
+#include "../common/isa.h"
+#include "cpu_blocks.h"
