@@ -83,7 +83,13 @@ TORCH_FREE = {
     "rewards",
 }
 # What engine.ops leaves to be imported by who has torch.
-OPERATORS = {"engine.ops.library", "engine.ops.loss", "engine.ops.buckets"}
+OPERATORS = {
+    "engine.ops.buckets",
+    "engine.ops.library",
+    "engine.ops.loss",
+    "engine.ops.packing",
+    "engine.ops.reference",
+}
 
 
 def module_name(path: Path) -> str:

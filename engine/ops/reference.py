@@ -1,7 +1,11 @@
-"""The compiled operations in plain Python: slow, short, and what the tests hold the fast ones to."""
+"""The compiled operations in plain Python and torch: slow, short, and what the tests hold the fast ones to."""
 
 from bisect import bisect_left, insort_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
 
 TOLERANCE, GAIN = 1e-3, 0.75  # as in csrc/pack/planner.cpp
 PARTNERS, PATIENCE, PAIR = 16, 2**17, 16
@@ -114,3 +118,79 @@ def _refine(
         else:
             active.remove(heavy)
             total -= load[heavy]
+
+
+def pack(streams: Sequence[Tensor], starts: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    """See engine.ops.packing, here and below."""
+    runs = list(zip(starts.tolist(), _lengths(cu_seqlens), strict=True))
+    return [torch.cat([stream[:0], *(stream[start : start + length] for start, length in runs)]) for stream in streams]
+
+
+def unpack(streams: Sequence[Tensor], starts: Tensor, cu_seqlens: Tensor, size: int, fill: float = 0) -> list[Tensor]:
+    loose = [stream.new_full((size,), fill) for stream in streams]
+    for to, stream in zip(loose, streams, strict=True):
+        for start, part in zip(starts.tolist(), stream.split(_lengths(cu_seqlens)), strict=True):
+            to[start : start + len(part)] = part
+    return loose
+
+
+def token_layout(tokens: Tensor, prompt_lengths: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    position_ids, labels, mask, sequence = (tokens.new_zeros(len(tokens)) for _ in range(4))
+    for i, (begin, end) in enumerate(_bounds(cu_seqlens)):
+        for t in range(begin, end):
+            predicts = t + 1 < end and t + 1 - begin >= prompt_lengths[i]
+            position_ids[t], sequence[t], mask[t] = t - begin, i, predicts
+            labels[t] = tokens[t + 1] if predicts else -100
+    return position_ids, labels, mask.float(), sequence
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
+    counted = values if mask is None else values * mask
+    return torch.stack([part.sum() for part in counted.split(_lengths(cu_seqlens))])
+
+
+def segment_mean(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
+    count = segment_sum(torch.ones_like(values), cu_seqlens, mask)
+    return segment_sum(values, cu_seqlens, mask) / count.clamp(min=1)
+
+
+def segment_max(values: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
+    counted = values if mask is None else values.masked_fill(mask == 0, -torch.inf)
+    lowest = values.new_full((1,), -torch.inf)
+    return torch.stack([torch.cat([lowest, part]).amax() for part in counted.split(_lengths(cu_seqlens))])
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    bootstrap: Tensor | None,
+    *,
+    gamma: float,
+    lambda_critic: Tensor,
+    lambda_policy: Tensor,
+) -> tuple[Tensor, Tensor]:
+    def scan(lambdas: Tensor) -> Iterator[Tensor]:
+        for i, (begin, end) in enumerate(_bounds(cu_seqlens)):
+            following, carry = torch.zeros(()) if bootstrap is None else bootstrap[i], rewards.new_zeros(())
+            backwards = []
+            for t in reversed(range(begin, end)):
+                if mask is None or mask[t]:
+                    delta = rewards[t] + gamma * following - values[t]
+                    following, carry = values[t], delta + gamma * lambdas[i] * carry
+                backwards.append(carry)
+            yield from reversed(backwards)
+
+    def column(lambdas: Tensor) -> Tensor:
+        return torch.stack([*scan(lambdas), rewards.new_zeros(())])[:-1]
+
+    return column(lambda_policy), column(lambda_critic) + values
+
+
+def _bounds(cu_seqlens: Tensor) -> Iterator[tuple[int, int]]:
+    return pairwise(cu_seqlens.tolist())
+
+
+def _lengths(cu_seqlens: Tensor) -> list[int]:
+    return cu_seqlens.diff().tolist()
