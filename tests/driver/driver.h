@@ -10,7 +10,8 @@
 //       }
 //     }
 //
-// Without arguments the program runs all checks, otherwise those named; `--isa` prints the instruction sets it has here.
+// Without arguments the program runs all checks, otherwise those named; `--isa` prints the instruction sets that this
+// processor has.
 // Linked with the .cu files and the emulator it also checks those, and compiled by nvcc it runs them on a GPU.
 #pragma once
 

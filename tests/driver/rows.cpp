@@ -55,8 +55,8 @@ void compare(RowsOf<X, G>& rows, Device device) {
     }
     const double tolerance = 4 * eps * farthest;
     const auto where = [&](const char* what, double value, double expected) {
-      fprintf(stderr, "device %d, row %ld of %ld, vocab %ld: %s %.9g, not %.9g\n", int(device), long(i), long(rows.num_rows),
-             long(rows.vocab), what, value, expected);
+      fprintf(stderr, "device %d, row %ld of %ld, vocab %ld: %s %.9g, not %.9g\n", int(device), long(i),
+              long(rows.num_rows), long(rows.vocab), what, value, expected);
       return false;
     };
     const auto check = [&](const char* what, double value, double expected, double tolerance) {

@@ -1,5 +1,5 @@
-// Tokens under every composition of a recipe, against the formulas of engine/algorithms evaluated one sequence at a time;
-// slopes against differences of those.
+// Tokens under every composition of a recipe, against the formulas of engine/algorithms evaluated one sequence at a
+// time; slopes against differences of those.
 #include <cmath>
 #include <limits>
 
@@ -153,8 +153,9 @@ TermsOf<T> terms(Device device, const LeewayRecipe& recipe, TokensOf<T>& tokens,
 // A recipe's name in the message of a check that fails.
 struct Name {
   explicit Name(const LeewayRecipe& r, bool with_proximal, size_t bytes) {
-    snprintf(text, sizeof text, "surrogate %d, correction %d, divergence %d (corrected %g), eta %g, proximal %d, %zu bytes",
-             r.surrogate, r.correction, r.divergence, r.divergence_args[1], r.entropy_coefficient, with_proximal, bytes);
+    snprintf(text, sizeof text, "surrogate %d, correction %d, divergence %d (corrected %g), eta %g, proximal %d, %zu",
+             r.surrogate, r.correction, r.divergence, r.divergence_args[1], r.entropy_coefficient, with_proximal,
+             bytes);
   }
   char text[160];
 };
@@ -299,7 +300,8 @@ CHECK(health_is_summed_over_each_sequence) {
         for (int64_t i = tokens.cu_seqlens[s]; i < tokens.cu_seqlens[s + 1]; ++i) {
           if (tokens.mask[i] == 0) continue;
           const double d = tokens.behaviour[i] - tokens.logprob[i], r = ratio(tokens.logprob[i] - tokens.proximal[i]);
-          const double rho = ratio(tokens.proximal[i] - tokens.behaviour[i]), k = tokens.logprob[i] - tokens.reference[i];
+          const double rho = ratio(tokens.proximal[i] - tokens.behaviour[i]);
+          const double k = tokens.logprob[i] - tokens.reference[i];
           const bool own = tokens.staleness[i] == 0 && !moved, rejected = rho < 0.8 || rho > 1.2;
           const double A = tokens.advantage[i];
           const bool clipped = (A > 0 && r > 1.2) || (A < 0 && (r < 0.9 || r > 1.3));
@@ -312,8 +314,8 @@ CHECK(health_is_summed_over_each_sequence) {
         }
         for (int j = 0; j < LEEWAY_HEALTH + kBins; ++j) {
           const double sum = terms.health[s * (LEEWAY_HEALTH + kBins) + j];
-          REQUIRE(std::fabs(sum - sums[j]) <= 1e-9 * std::fmax(1, std::fabs(sums[j])), "sequence %d, sum %d: %g, not %g",
-                  s, j, sum, sums[j]);
+          const double tolerance = 1e-9 * std::fmax(1, std::fabs(sums[j]));
+          REQUIRE(std::fabs(sum - sums[j]) <= tolerance, "sequence %d, sum %d: %g, not %g", s, j, sum, sums[j]);
         }
       }
     }
