@@ -75,6 +75,8 @@ def test_ppo_clip_dual_bounds_the_loss_of_a_bad_token_that_became_likely():
     torch.testing.assert_close(phi, tensor(2.0, 3.0, -1.2, 0.8))
     torch.testing.assert_close(slope, tensor(2.0, 0.0, 0.0, 0.0))
     assert clipped == [False, True, True, True]
+    _, slope, clipped = evaluate(ppo_clip, tensor(1.0), tensor(-1.0), low=0.2, high=0.2, dual=1.0)
+    assert slope == 1.0 and clipped == [False]  # on the bound, the whole gradient
 
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens():

@@ -19,7 +19,7 @@ namespace leeway {
 template <typename Function, typename... Arguments>
 void launch(const char* name, c10::Device device, Arguments... arguments) {
   void* symbol = dlsym(RTLD_DEFAULT, name);
-  TORCH_CHECK(symbol, name, " is missing: engine/ops/_cuda.so is absent or old; `make install` builds it where nvcc is");
+  TORCH_CHECK(symbol, name, " is not in engine/ops/_cuda.so; `make install` builds it where nvcc is");
   const c10::DeviceGuard guard(device);
   const c10::impl::VirtualGuardImpl driver(device.type());
   void* stream = driver.getStreamNativeHandle(driver.getStream(device));

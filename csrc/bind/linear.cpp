@@ -325,7 +325,7 @@ void pass(Head& head, const Group& group, const Linear& given, const Tensor& tar
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_loss(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets, LEEWAY_TOKENS_PARAMETERS,
-    LEEWAY_RECIPE_PARAMETERS, double temperature, bool health_of_all, int64_t memory, std::array<bool, 2> wants) {
+    LEEWAY_RECIPE_PARAMETERS, double temperature, bool health_of_all, int64_t memory, std::array<bool, 2> wants, bool) {
   const Linear given(hidden, weight, targets, temperature);
   check_memory(memory);
   const Expected& expected = given.expected;
@@ -375,7 +375,7 @@ TORCH_LIBRARY_FRAGMENT(leeway, m) {
       "Tensor grad_logprob, Tensor? grad_entropy, float temperature, int memory, bool[2] wants) -> (Tensor d_hidden, "
       "Tensor d_weight)");
   m.def("linear_token_loss(Tensor hidden, Tensor weight, Tensor targets, " LEEWAY_TOKENS_SCHEMA LEEWAY_RECIPE_SCHEMA
-        "float temperature, bool health_of_all, int memory, bool[2] wants) -> (Tensor loss, Tensor logprob, "
+        "float temperature, bool health_of_all, int memory, bool[2] wants, bool reuse) -> (Tensor loss, Tensor logprob, "
         "Tensor entropy, Tensor ratio, Tensor coefficient, Tensor health, Tensor d_hidden, Tensor d_weight)");
 }
 

@@ -225,7 +225,7 @@ Loss token_loss(const Rows& rows, const Tokens& tokens, const LeewayRecipe& reci
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_op(const Tensor& given,
                                                                                  const Tensor& targets,
-                                                                                 LEEWAY_PARAMETERS, bool wants_grad) {
+                                                                                 LEEWAY_PARAMETERS, bool wants_grad, bool) {
   const Tensor logits = readable(given);
   const Expected expected{logits.size(0), logits.device()};
   const at::ScalarType type = wide(logits.scalar_type());
@@ -273,8 +273,9 @@ TORCH_LIBRARY_FRAGMENT(leeway, m) {
   m.def(
       "row_grad(Tensor logits, Tensor targets, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor? grad_entropy, "
       "float temperature) -> Tensor");
+  // With `reuse`, backward overwrites the gradient that it has returned.
   m.def("token_loss(Tensor logits, Tensor targets, " LEEWAY_TOKENS_SCHEMA LEEWAY_RECIPE_SCHEMA
-        "float temperature, bool wants_grad) -> (Tensor loss, Tensor logprob, Tensor entropy, Tensor ratio, "
+        "float temperature, bool wants_grad, bool reuse) -> (Tensor loss, Tensor logprob, Tensor entropy, Tensor ratio, "
         "Tensor coefficient, Tensor health, Tensor grad)");
   m.def("token_loss_(Tensor(a!) logits, Tensor targets, " LEEWAY_TOKENS_SCHEMA LEEWAY_RECIPE_SCHEMA
         "float temperature) -> (Tensor loss, Tensor logprob, Tensor entropy, Tensor ratio, Tensor coefficient, "

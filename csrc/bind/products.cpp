@@ -16,19 +16,27 @@ namespace {
 
 // Elements of a panel of the weight: 4 MB in float32, so that a thread's converted panel stays in its cache.
 constexpr int64_t PANEL = 1 << 20;
-// Columns of the hidden states' gradient that one thread makes.
-constexpr int64_t COLUMNS = 128;
+// Rows of the weight that one thread multiplies for the hidden states' gradient, in a sum of its own.
+constexpr int64_t PART = 1 << 14;
 
-// Calls work(begin, length) for panels of [0, size), on all threads. There are two panels at least: in a lone one the
-// BLAS would use threads of its own and sum in an order that depends on their number.
-template <typename Work>
-void for_panels(int64_t size, int64_t panel, const Work& work) {
-  panel = std::clamp<int64_t>(panel, 1, std::max<int64_t>(1, (size + 1) / 2));
-  at::parallel_for(0, (size + panel - 1) / panel, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below;  // the threads of the pool do not inherit it
-    for (int64_t p = begin; p < end; ++p) work(p * panel, std::min(panel, size - p * panel));
-  });
-}
+// [0, size) in panels, two at least: in a lone one the BLAS would use threads of its own and sum in an order that
+// depends on their number.
+struct Panels {
+  int64_t size, panel;
+
+  Panels(int64_t size, int64_t panel)
+      : size(size), panel(std::clamp<int64_t>(panel, 1, std::max<int64_t>(1, (size + 1) / 2))) {}
+  int64_t count() const { return (size + panel - 1) / panel; }
+
+  // Calls work(panel's number, begin, length) for each, on all threads.
+  template <typename Work>
+  void for_each(const Work& work) const {
+    at::parallel_for(0, count(), 1, [&](int64_t first, int64_t last) {
+      const at::AutoDispatchBelowADInplaceOrView below;  // the threads of the pool do not inherit it
+      for (int64_t p = first; p < last; ++p) work(p, p * panel, std::min(panel, size - p * panel));
+    });
+  }
+};
 
 int64_t panel_rows(const Tensor& weight) { return std::max<int64_t>(1, PANEL / std::max<int64_t>(1, weight.size(1))); }
 
@@ -47,7 +55,7 @@ void logits_product(const Tensor& hidden, const Tensor& weight, Tensor logits) {
     }
     return;
   }
-  for_panels(weight.size(0), panel_rows(weight), [&](int64_t begin, int64_t length) {
+  Panels(weight.size(0), panel_rows(weight)).for_each([&](int64_t, int64_t begin, int64_t length) {
     Tensor out = logits.narrow(1, begin, length);
     at::mm_out(out, hidden, weight.narrow(0, begin, length).to(hidden.scalar_type()).t());
   });
@@ -55,19 +63,20 @@ void logits_product(const Tensor& hidden, const Tensor& weight, Tensor logits) {
 
 Tensor hidden_product(const Tensor& grad, const Tensor& weight) {
   if (!grad.is_cpu()) return at::mm(grad, weight);
-  const Tensor result = at::empty({grad.size(0), weight.size(1)}, grad.options());
-  const bool as_is = weight.scalar_type() == grad.scalar_type();
-  for_panels(weight.size(1), COLUMNS, [&](int64_t column, int64_t width) {
-    Tensor out = result.narrow(1, column, width);
-    const Tensor columns = weight.narrow(1, column, width);
-    const int64_t panel = as_is ? weight.size(0) : PANEL / width;
-    for (int64_t begin = 0; begin < weight.size(0); begin += panel) {
-      const int64_t length = std::min(panel, weight.size(0) - begin);
-      const Tensor rows = columns.narrow(0, begin, length).to(grad.scalar_type());
-      at::addmm_out(out, out, grad.narrow(1, begin, length), rows, begin == 0 ? 0 : 1);
+  const Panels parts(weight.size(0), PART);
+  const Tensor sums = at::empty({parts.count(), grad.size(0), weight.size(1)}, grad.options());
+  const int64_t most = weight.scalar_type() == grad.scalar_type() ? PART : panel_rows(weight);
+  parts.for_each([&](int64_t part, int64_t first, int64_t size) {
+    Tensor sum = sums.select(0, part);
+    for (int64_t begin = first; begin < first + size; begin += most) {
+      const int64_t length = std::min(most, first + size - begin);
+      const Tensor rows = weight.narrow(0, begin, length).to(grad.scalar_type());
+      at::addmm_out(sum, sum, grad.narrow(1, begin, length), rows, begin == first ? 0 : 1);
     }
   });
-  return result;
+  Tensor total = sums.select(0, 0);
+  for (int64_t part = 1; part < parts.count(); ++part) total.add_(sums.select(0, part));
+  return total;
 }
 
 void weight_product(const Tensor& grad, const Tensor& hidden, Tensor sum, bool first) {
@@ -82,7 +91,7 @@ void weight_product(const Tensor& grad, const Tensor& hidden, Tensor sum, bool f
     }
     return;
   }
-  for_panels(sum.size(0), panel_rows(sum), [&](int64_t begin, int64_t length) {
+  Panels(sum.size(0), panel_rows(sum)).for_each([&](int64_t, int64_t begin, int64_t length) {
     Tensor out = sum.narrow(0, begin, length);
     at::addmm_out(out, out, grad.narrow(1, begin, length).t(), hidden, first ? 0 : 1);
   });

@@ -45,8 +45,8 @@ def ppo_clip(
     phi, clipped = _clip(r, advantage, low, high)
     if dual is None:
         return phi, clipped
-    negative = advantage < 0
-    return torch.where(negative, torch.minimum(phi, -advantage * dual), phi), clipped | (negative & (r > dual))
+    beyond = (advantage < 0) & (r > dual)
+    return torch.where(beyond, -advantage * dual, phi), clipped | beyond
 
 
 def cispo(

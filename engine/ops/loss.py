@@ -130,7 +130,7 @@ def token_loss(
     """The loss of logits [N, V] and targets int64 [N]. Its gradient is made with it, so backward runs once a graph."""
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     arguments = (*tokens.arguments(recipe), *recipe.arguments(), num_bins, temperature)
-    return TokenLoss(*_ops.token_loss(logits, targets, *arguments, wants_grad)[:6])
+    return TokenLoss(*_ops.token_loss(logits, targets, *arguments, wants_grad, True)[:6])
 
 
 def token_loss_(
@@ -176,7 +176,7 @@ def linear_token_loss(
     grad = torch.is_grad_enabled()
     wants = [grad and hidden.requires_grad, grad and weight.requires_grad]
     arguments = (*tokens.arguments(recipe), *recipe.arguments(), num_bins, temperature)
-    outputs = _ops.linear_token_loss(hidden, weight, targets, *arguments, health_of_all, _memory(weight), wants)
+    outputs = _ops.linear_token_loss(hidden, weight, targets, *arguments, health_of_all, _memory(weight), wants, True)
     return TokenLoss(*outputs[:6])
 
 
@@ -212,7 +212,7 @@ def _row_grad_fake(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _token_loss_fake(logits: Tensor, targets: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *_, num_bins, _, wants_grad = arguments
+    *_, num_bins, _, wants_grad, _ = arguments
     return *_loss_fake(logits, num_bins), logits.new_empty(logits.shape if wants_grad else 0)
 
 
@@ -223,6 +223,7 @@ def _token_loss__fake(logits: Tensor, targets: Tensor, *arguments: Any) -> tuple
 
 def _token_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[-1])
+    ctx.reuse = inputs[-1]
     ctx.num_inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -230,13 +231,12 @@ def _token_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> 
 
 def _token_loss_backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
     (grad,) = ctx.saved_tensors
-    return _scaled(grad, grad_loss), *[None] * (ctx.num_inputs - 1)
+    return _scaled(grad, grad_loss, ctx.reuse), *[None] * (ctx.num_inputs - 1)
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """`grad` times the scalar `factor`, in place: it is as large as the logits or the head. A second backward of the
-    graph raises. A tensor that only traces (a subclass) must not change what its graph has put out."""
-    return grad.mul_(factor) if type(grad) is Tensor else grad * factor
+def _scaled(grad: Tensor, factor: Tensor, reuse: bool) -> Tensor:
+    """`grad`, as large as the logits or the head, times the scalar `factor`; in place, a second backward raises."""
+    return grad.mul_(factor) if reuse else grad * factor
 
 
 def _linear_stats_fake(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, memory: int) -> tuple:
@@ -267,13 +267,14 @@ def _linear_stats_backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: 
 
 
 def _linear_token_loss_fake(hidden: Tensor, weight: Tensor, targets: Tensor, *arguments: Any) -> tuple:
-    *_, num_bins, _, _, _, wants = arguments
+    *_, num_bins, _, _, _, wants, _ = arguments
     rows = hidden.new_empty(hidden.shape, dtype=_wide(weight.dtype))
     return *_loss_fake(rows, num_bins), *_factors_fake(hidden, weight, wants)
 
 
 def _linear_token_loss_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[-2:])
+    ctx.reuse = inputs[-1]
     ctx.weight_dtype = inputs[1].dtype
     ctx.num_inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
@@ -284,8 +285,8 @@ def _linear_token_loss_backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
     d_hidden, d_weight = ctx.saved_tensors
     wants_hidden, wants_weight = ctx.needs_input_grad[:2]
     return (
-        _scaled(d_hidden, grad_loss) if wants_hidden else None,
-        _scaled(d_weight, grad_loss).to(ctx.weight_dtype) if wants_weight else None,
+        _scaled(d_hidden, grad_loss, ctx.reuse) if wants_hidden else None,
+        _scaled(d_weight, grad_loss, ctx.reuse).to(ctx.weight_dtype) if wants_weight else None,
         *[None] * (ctx.num_inputs - 2),
     )
 
