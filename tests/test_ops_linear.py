@@ -79,7 +79,7 @@ def test_log_probability_and_entropy_are_differentiable(case: Case, rows: int):
     hidden, weight, targets = case.head
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     with chunks_of(rows, case.vocab):
-        logprob, entropy = linear_stats(*ours, targets, temperature=case.temperature)
+        logprob, entropy = linear_stats(ours[0], ours[1], targets, temperature=case.temperature)
         ((a * logprob).sum() + (b * entropy).sum()).backward()
 
     def objective(logits: Tensor) -> Tensor:
