@@ -36,7 +36,7 @@ def sources(*patterns: str) -> list[str]:
 
 HOST = Extension(
     "engine.ops._host",
-    sources("bind/host.cpp", "pack/planner.cpp"),
+    sources("bind/host.cpp", "pack/planner.cpp", "pack/cpu_pack.cpp"),
     include_dirs=[pybind11.get_include()],
     extra_compile_args=FLAGS,
     language="c++",

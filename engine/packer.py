@@ -1,12 +1,12 @@
 """Groups to balanced micro-batches: flat arrays without padding, under a token budget, equally many on every rank."""
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from engine.ops import plan
+from engine.ops import gather, plan
 from engine.schema import Group
 
 QUADRATIC = 1 / (12 * 1024)  # attention's work beside the matrix products' at hidden size 1024; serves balance only
@@ -51,66 +51,34 @@ class Update:
     num_stale_tokens: int  # tokens among num_tokens that are masked for their age
 
 
-class Completion(NamedTuple):
-    """One valid completion of L tokens, cut from its group."""
+@dataclass(frozen=True)
+class Batch:
+    """Groups laid end to end, in pieces: G prompts and C completions, of which the T columns hold the tokens."""
 
-    token_ids: np.ndarray  # int [L]
-    behaviour: np.ndarray  # float32 [L]
-    version: np.ndarray  # int32 [L]
-    advantage: np.ndarray  # float32 [L]
-    chosen: np.ndarray  # bool [L], the policy chose the token
-    trained: np.ndarray  # bool [L], and it is fresh
-
-
-class Unit(NamedTuple):
-    """A prompt and the completions that are laid out beside one copy of it. Never split further."""
-
-    prompt: np.ndarray
-    completions: list[Completion]
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + sum(len(each.token_ids) - 1 for each in self.completions)
+    inputs: np.ndarray  # int64, the tokens of all prompts, then the T of all completions
+    prompt: np.ndarray  # int64 [C], the piece that a completion continues
+    start: np.ndarray  # int64 [G + C], where each piece begins in `inputs`
+    size: np.ndarray  # int64 [G + C], its tokens that are inputs: a completion's last is a target only
+    position: np.ndarray  # int64 [G + C], of its first token in its sequence
+    valid: np.ndarray  # bool [C], its verdict did not fail and it holds a token which the policy chose
+    num_chosen: np.ndarray  # int64 [C], tokens that the policy chose
+    num_trained: np.ndarray  # int64 [C], those among them that are fresh
+    behaviour: np.ndarray  # float32 [T]
+    advantage: np.ndarray  # float32 [T]
+    version: np.ndarray  # int32 [T]
+    mask: np.ndarray  # float32 [T], 1 where the policy chose the token and it is fresh
 
     @property
-    def work(self) -> float:
-        """Time of the unit's forward in tokens: n of its matrix products, and the area of its attention."""
-        num_prompt = len(self.prompt)
-        return _work(num_prompt, 0) + sum(_work(len(each.token_ids) - 1, num_prompt) for each in self.completions)
+    def num_prompts(self) -> int:
+        return len(self.size) - len(self.prompt)
 
+    def work(self, pieces: np.ndarray) -> np.ndarray:
+        """Time of each piece's forward in tokens: n of the matrix products, and the area of its attention.
 
-@dataclass
-class Layout:
-    """The input side of a micro-batch while it is laid out."""
-
-    token_ids: list[np.ndarray] = field(default_factory=list)
-    position_ids: list[np.ndarray] = field(default_factory=list)
-    bounds: list[int] = field(default_factory=lambda: [0])
-    prefix: list[int] = field(default_factory=list)
-    rows: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, unit: Unit) -> None:
-        """One completion follows its prompt in one segment; several share the prompt's segment as their prefix."""
-        num_prompt = len(unit.prompt)
-        if len(unit.completions) == 1:
-            inputs = unit.completions[0].token_ids[:-1]
-            start = self._segment(np.concatenate([unit.prompt, inputs]), 0, -1)
-            self.rows.append(np.arange(start + num_prompt - 1, self.bounds[-1]))
-            return
-        start, shared = self._segment(unit.prompt, 0, -1), len(self.prefix) - 1
-        for completion in unit.completions:
-            first = self._segment(completion.token_ids[:-1], num_prompt, shared)
-            self.rows += [np.array([start + num_prompt - 1]), np.arange(first, self.bounds[-1])]
-
-    def _segment(self, token_ids: np.ndarray, first_position: int, prefix: int) -> int:
-        """Appends a segment and returns where it starts. The empty one of a single-token completion is left out."""
-        start = self.bounds[-1]
-        if len(token_ids):
-            self.token_ids.append(token_ids)
-            self.position_ids.append(np.arange(first_position, first_position + len(token_ids)))
-            self.bounds.append(start + len(token_ids))
-            self.prefix.append(prefix)
-        return start
+        n + q (n^2 + 2 n c) for n tokens behind a context of c, the prompt's.
+        """
+        size, context = self.size[pieces], self.position[pieces]
+        return size + QUADRATIC * size * (size + 2 * context)
 
 
 def pack(
@@ -132,15 +100,12 @@ def pack(
 
     Raises `ValueError` for a sequence longer than the budget and for advantages of another length.
     """
-    completions = [
-        _completions(group, advantage, fresh(group, version, max_staleness))
-        for group, advantage in zip(groups, advantages, strict=True)
-    ]
     updates = []
     for part in np.array_split(np.arange(len(groups)), num_updates):
-        split = _share if share_prefix else _separate
-        units = [unit for i in part for unit in split(groups[i].prompt_ids, completions[i], budget)]
-        updates.append(_update([each for i in part for each in completions[i]], units, num_ranks, budget))
+        batch = _batch([groups[i] for i in part], [advantages[i] for i in part], version, max_staleness)
+        trained = np.flatnonzero(batch.valid & (batch.num_trained > 0))
+        units = (_share if share_prefix else _separate)(batch, trained, budget)
+        updates.append(_update(batch, units, num_ranks, budget))
     return updates
 
 
@@ -149,43 +114,63 @@ def fresh(group: Group, version: int, max_staleness: int) -> np.ndarray:
     return version - group.versions <= max_staleness
 
 
-def _completions(group: Group, advantage: np.ndarray, is_fresh: np.ndarray) -> list[Completion]:
-    """The valid completions of `group` that hold a token which the policy chose."""
+def _batch(groups: list[Group], advantages: list[np.ndarray], version: int, max_staleness: int) -> Batch:
+    per_token = [_per_token(group, advantage) for group, advantage in zip(groups, advantages, strict=True)]
+    prompt = np.repeat(np.arange(len(groups)), [group.num_samples for group in groups])
+    prompt_lengths = np.array([len(group.prompt_ids) for group in groups], np.int64)
+    lengths = _flat([group.lengths for group in groups], np.int64)
+    failed = _flat([[bool(verdict.error) for verdict in group.verdicts] for group in groups], bool)
+    chosen = _flat([group.loss_mask for group in groups], np.uint8).astype(bool)
+    trained = chosen & _flat([fresh(group, version, max_staleness) for group in groups], bool)
+    num_chosen = _sums(chosen, lengths)
+    return Batch(
+        inputs=_flat([group.prompt_ids for group in groups] + [group.token_ids for group in groups], np.int64),
+        prompt=prompt,
+        start=_bounds(np.append(prompt_lengths, lengths))[:-1],
+        size=np.append(prompt_lengths, lengths - 1),
+        position=np.append(np.zeros_like(prompt_lengths), prompt_lengths[prompt]),
+        valid=~failed & (num_chosen > 0),
+        num_chosen=num_chosen,
+        num_trained=_sums(trained, lengths),
+        behaviour=_flat([group.logprobs for group in groups], np.float32),
+        advantage=_flat(per_token, np.float32),
+        version=_flat([group.versions for group in groups], np.int32),
+        mask=trained.astype(np.float32),
+    )
+
+
+def _per_token(group: Group, advantage: np.ndarray) -> np.ndarray:
     num_tokens = len(group.token_ids)
     if len(advantage) not in (group.num_samples, num_tokens):
         raise ValueError(
             f"group {group.group_id}: {len(advantage)} advantages for {group.num_samples} completions "
             f"of {num_tokens} tokens"
         )
-    per_token = advantage if len(advantage) == num_tokens else np.repeat(advantage, group.lengths)
-    chosen = group.loss_mask.astype(bool)
-    columns = (group.token_ids, group.logprobs, group.versions, per_token, chosen, chosen & is_fresh)
-    cuts = np.cumsum(group.lengths)[:-1]
-    completions = map(Completion, *(np.split(column, cuts) for column in columns))
-    judged = zip(completions, group.verdicts, strict=True)
-    return [each for each, verdict in judged if not verdict.error and each.chosen.any()]
+    return advantage if len(advantage) == num_tokens else np.repeat(advantage, group.lengths)
 
 
-def _separate(prompt: np.ndarray, completions: list[Completion], budget: int) -> list[Unit]:
-    """One unit for each completion that has a token to train."""
-    return [Unit(prompt, [each]) for each in completions if each.trained.any()]
+# A unit is a prompt and completions that are laid out beside one copy of it: their pieces. It is never split further.
 
 
-def _share(prompt: np.ndarray, completions: list[Completion], budget: int) -> list[Unit]:
-    """As few units as the budget allows, the completions' work balanced among them."""
-    trained = [each for each in completions if each.trained.any()]
-    whole = Unit(prompt, trained)
-    if len(trained) <= 1 or whole.num_tokens <= budget:
-        return [whole] if trained else []
-    costs = [len(each.token_ids) - 1 for each in trained]
-    _check_budget(len(prompt) + max(costs), budget)
-    _, _, part = plan(costs, [_work(cost, len(prompt)) for cost in costs], budget - len(prompt), 1)
-    return [Unit(prompt, [trained[i] for i in np.flatnonzero(part == mine)]) for mine in np.unique(part)]
+def _separate(batch: Batch, completions: np.ndarray, budget: int) -> list[np.ndarray]:
+    """A unit for each completion."""
+    return list(np.column_stack([batch.prompt[completions], batch.num_prompts + completions]))
 
 
-def _work(num_tokens: int, context: int) -> float:
-    """Time of a causal segment behind `context` tokens: n (matrix products) + q (n^2 + 2 n c) (attention's area)."""
-    return num_tokens + QUADRATIC * num_tokens * (num_tokens + 2 * context)
+def _share(batch: Batch, completions: np.ndarray, budget: int) -> list[np.ndarray]:
+    """As few units of each prompt as the budget allows, the completions' work balanced among them."""
+    prompts, first = np.unique(batch.prompt[completions], return_index=True)
+    siblings = np.split(batch.num_prompts + completions, first[1:])  # without prompts one part, which is empty
+    return [unit for pair in zip(prompts, siblings, strict=False) for unit in _split(batch, *pair, budget)]
+
+
+def _split(batch: Batch, prompt: int, siblings: np.ndarray, budget: int) -> list[np.ndarray]:
+    room, costs = budget - int(batch.size[prompt]), batch.size[siblings]
+    if len(siblings) == 1 or costs.sum() <= room:
+        return [np.append(prompt, siblings)]
+    _check_budget(budget - room + costs.max(), budget)
+    _, _, part = plan(costs, batch.work(siblings), room, 1)
+    return [np.append(prompt, siblings[part == mine]) for mine in np.unique(part)]
 
 
 def _check_budget(num_tokens: int, budget: int) -> None:
@@ -193,42 +178,61 @@ def _check_budget(num_tokens: int, budget: int) -> None:
         raise ValueError(f"learner.tokens_per_micro_batch = {budget}: a sequence has {num_tokens} tokens")
 
 
-def _update(completions: list[Completion], units: list[Unit], num_ranks: int, budget: int) -> Update:
-    _check_budget(max((unit.num_tokens for unit in units), default=0), budget)
-    num_micro, rank, micro = plan([unit.num_tokens for unit in units], [unit.work for unit in units], budget, num_ranks)
-    bins: list[list[list[Unit]]] = [[[] for _ in range(num_micro)] for _ in range(num_ranks)]
+def _update(batch: Batch, units: list[np.ndarray], num_ranks: int, budget: int) -> Update:
+    pieces, first = _flat(units, np.int64), _bounds([len(unit) for unit in units])[:-1]
+    costs = np.add.reduceat(batch.size[pieces], first)
+    _check_budget(costs.max(initial=0), budget)
+    num_micro, rank, micro = plan(costs, np.add.reduceat(batch.work(pieces), first), budget, num_ranks)
+    bins: list[list[list[np.ndarray]]] = [[[] for _ in range(num_micro)] for _ in range(num_ranks)]
     for unit, r, i in zip(units, rank, micro, strict=True):
         bins[r][i].append(unit)
     return Update(
-        micro_batches=[[_micro_batch(each) for each in mine] for mine in bins],
-        num_tokens=sum(int(each.chosen.sum()) for each in completions),
-        num_sequences=len(completions),
-        num_stale_tokens=sum(int((each.chosen & ~each.trained).sum()) for each in completions),
+        micro_batches=[[_micro_batch(batch, _flat(each, np.int64)) for each in mine] for mine in bins],
+        num_tokens=int(batch.num_chosen[batch.valid].sum()),
+        num_sequences=int(batch.valid.sum()),
+        num_stale_tokens=int((batch.num_chosen - batch.num_trained)[batch.valid].sum()),
     )
 
 
-def _micro_batch(units: list[Unit]) -> MicroBatch:
-    layout = Layout()
-    for unit in units:
-        layout.add(unit)
-    completions = [completion for unit in units for completion in unit.completions]
-    lengths = [len(each.token_ids) for each in completions]
+def _micro_batch(batch: Batch, pieces: np.ndarray) -> MicroBatch:
+    """A lone completion follows its prompt in one segment; several have their own, and the prompt's as their prefix."""
+    is_prompt = pieces < batch.num_prompts
+    unit, sizes = np.cumsum(is_prompt) - 1, batch.size[pieces]
+    bounds, begins = _bounds(sizes), _bounds(sizes)[:-1]
+    opens = (sizes > 0) & (is_prompt | (np.bincount(unit)[unit] > 2))
+    segment = np.cumsum(opens) - 1
+    (token_ids,) = gather([batch.inputs], batch.start[pieces], bounds)
+
+    completions = pieces[~is_prompt] - batch.num_prompts
+    num_prompt_tokens = len(batch.inputs) - len(batch.mask)
+    lengths = sizes[~is_prompt] + 1
+    targets = _bounds(lengths)
+    rows = np.arange(targets[-1]) + np.repeat(begins[~is_prompt] - 1 - targets[:-1], lengths)
+    rows[targets[:-1]] = bounds[1:][is_prompt][unit[~is_prompt]] - 1  # the prompt's end predicts the first token
+    columns = (batch.inputs[num_prompt_tokens:], batch.behaviour, batch.advantage, batch.version, batch.mask)
+    chosen = gather(columns, batch.start[pieces[~is_prompt]] - num_prompt_tokens, targets)
     return MicroBatch(
-        token_ids=_flat(layout.token_ids, np.int64),
-        position_ids=_flat(layout.position_ids, np.int64),
-        cu_seqlens=np.array(layout.bounds, np.int32),
-        prefix=np.array(layout.prefix, np.int32),
-        rows=_flat(layout.rows, np.int64),
-        targets=_flat([each.token_ids for each in completions], np.int64),
-        sequence=np.repeat(np.arange(len(completions), dtype=np.int64), lengths),
-        behaviour=_flat([each.behaviour for each in completions], np.float32),
-        advantage=_flat([each.advantage for each in completions], np.float32),
-        version=_flat([each.version for each in completions], np.int32),
-        mask=_flat([each.trained for each in completions], np.float32),
+        token_ids=token_ids,
+        position_ids=np.arange(bounds[-1]) + np.repeat(batch.position[pieces] - begins, sizes),
+        cu_seqlens=np.append(begins[opens], bounds[-1]).astype(np.int32),
+        prefix=np.where(is_prompt, -1, segment[is_prompt][unit])[opens].astype(np.int32),
+        rows=rows,
+        sequence=np.repeat(np.arange(len(completions)), lengths),
+        **dict(zip(("targets", "behaviour", "advantage", "version", "mask"), chosen, strict=True)),
         num_sequences=len(completions),
-        lengths=np.array([each.chosen.sum() for each in completions], np.int64),
+        lengths=batch.num_chosen[completions],
     )
 
 
-def _flat(parts: list[np.ndarray], dtype: DTypeLike) -> np.ndarray:
+def _flat(parts: Sequence[Sequence | np.ndarray], dtype: DTypeLike) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *parts], dtype=dtype, casting="same_kind")
+
+
+def _bounds(lengths: np.ndarray | list[int]) -> np.ndarray:
+    """int64 [n + 1]: where parts of these lengths begin and end that lie end to end."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def _sums(counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64 [n]: the sum over each of n parts."""
+    return np.diff(_bounds(counts)[_bounds(lengths)])

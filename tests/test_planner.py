@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from engine.ops import plan, reference
+from engine.ops import gather, plan, reference
 
 COSTS = st.lists(st.integers(0, 50), max_size=60)
 
@@ -160,3 +160,36 @@ def test_the_same_input_gives_the_same_plan_on_every_thread():
 def test_bad_input_names_the_unit(arguments, message):
     with pytest.raises(ValueError, match=message):
         plan(*arguments)
+
+
+def test_columns_are_gathered_run_by_run():
+    columns = [np.arange(8), np.arange(8, dtype=np.float32) / 2, np.arange(8) > 3, np.arange(8, dtype=np.int16)]
+    gathered = gather(columns, [5, 0, 0, 2], [0, 3, 3, 4, 6])
+    assert [column.dtype for column in gathered] == [column.dtype for column in columns]
+    for column, result in zip(columns, gathered, strict=True):
+        assert result.tolist() == column[[5, 6, 7, 0, 2, 3]].tolist()
+    assert [len(each) for each in gather(columns, [], [0])] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "starts", "bounds", "message"),
+    [
+        ([np.arange(8)], [6], [0, 3], "starts: run 0 does not lie within the columns"),
+        ([np.arange(8)], [0, -1], [0, 3, 4], "starts: run 1 does not"),
+        ([np.arange(8)], [2**63 - 1], [0, 3], "starts: run 0 does not"),
+        ([np.arange(8)], [0, 0], [0, 3, 2], "bounds: fall at run 1"),
+        ([np.arange(8)], [0], [1, 3], "bounds: must be one more than starts, from 0 on"),
+        ([np.arange(8)], [0, 0], [0, 3], "bounds: must be one more than starts"),
+        ([np.arange(8)], [], [], "bounds: must be one more than starts"),
+        ([np.arange(8)], [0], [0, 2**40], "bounds: pass 2\\^31"),
+        ([np.arange(8), np.arange(7)], [0], [0, 3], "columns: must be contiguous, of one dimension and one length"),
+        ([np.arange(16)[::2]], [0], [0, 3], "columns: must be contiguous"),
+        ([np.zeros((2, 4))], [0], [0, 3], "columns: must be contiguous"),
+        ([np.zeros(8, complex)], [0], [0, 3], "columns: elements of 1, 2, 4 or 8 bytes"),
+        ([np.zeros(8, object)], [0], [0, 3], "columns: objects cannot be copied"),
+        ([np.arange(8)] * 17, [0], [0, 3], "columns: more than 16"),
+    ],
+)
+def test_runs_outside_the_columns_are_refused(columns, starts, bounds, message):
+    with pytest.raises(ValueError, match=message):
+        gather(columns, starts, bounds)
