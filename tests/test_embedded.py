@@ -5,11 +5,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from engine import tokenizer
 from engine.attention import Layout
-from engine.config import ConfigError, Generator, Model
+from engine.config import ConfigError, Generator, Model, parse
 from engine.generators.base import Sampled
-from engine.generators.embedded import Embedded
-from engine.model import build, hidden_states, lm_head, widen_head
+from engine.generators.embedded import Embedded, from_files
+from engine.model import build, describe, hidden_states, lm_head, widen_head
+from engine.policy import manifest_of, named_tensors
 from engine.schema import Lease, Prompt, Sampling
 
 CONTEXT, EOS = 48, 1
@@ -271,3 +273,35 @@ def test_a_wide_head_over_bfloat16_layers(shape: str) -> None:
     assert all(part.dtype == torch.float32 and (part != part.bfloat16().float()).any() for part in logits)
     for sample, logprobs in enumerate(split(sampled, sampled.logprobs)):
         np.testing.assert_allclose(logprobs, recomputed(model, sampled, sample), atol=0.1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_wide_head_travels_as_it_is(tied: bool) -> None:
+    init = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = parse(
+        {
+            "run": {"name": "t", "steps": 1, "groups_per_step": 1, "group_size": 1},
+            "model": {
+                "init": {**init, **SHAPES["qwen3"], "tie_word_embeddings": tied},
+                "tokenizer": {"alphabet": "ab"},
+                "context": CONTEXT,
+                "fp32_head": True,
+            },
+            "domains": [{"name": "d", "source": "callable"}],
+            "generator": {"max_new_tokens": 4, "dtype": "bfloat16", "device": "cpu"},
+            "learner": {"tokens_per_micro_batch": CONTEXT, "lr": 1.0},
+        }
+    )
+    exact = build(config.model, vocab_size=20, eos_id=EOS, pad_id=0, seed=0)
+    manifest = manifest_of(exact, config)
+    views = manifest.views(torch.empty(manifest.num_bytes, dtype=torch.uint8))
+    for name, tensor in named_tensors(exact):
+        views[name].copy_(tensor.detach())
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert [name for name, view in views.items() if view.dtype == torch.float32] == [head]
+
+    engine = from_files(config, describe(exact), tokenizer.load(config.model))
+    engine.load(0, views)
+    assert torch.equal(lm_head(engine._model).get_parameter("weight"), lm_head(exact).get_parameter("weight"))
+    engine.submit(lease(0))
+    assert len(drain(engine)[0].token_ids)
