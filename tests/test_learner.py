@@ -194,8 +194,8 @@ def test_any_number_of_ranks_makes_the_same_step(tmp_path: Path, num_ranks: int)
 
 
 def heads_on_rank(rank: int, directory: Path) -> list[Any]:
-    """One step of each case in mixed precision: what head and a layer computed in, as (weight, input), and whether some
-    logits were finer than bfloat16; the gradients, and those of the fused backend."""
+    """One step of each case in mixed precision: what a layer, the last norm and the head computed in, as (weight,
+    input, whether some outputs were finer than bfloat16); the gradients, and those of the fused backend."""
     results = []
     for tied, fp32_head in HEADS:
         mixed = ("learner.mixed_precision=true", f"model.fp32_head={str(fp32_head).lower()}")
@@ -204,13 +204,13 @@ def heads_on_rank(rank: int, directory: Path) -> list[Any]:
         learner = learning.learner(config, directory)
         seen: dict[str, Any] = {}
 
-        def watch(name: str, linear: Any, inputs: Any, output: Tensor, seen: dict[str, Any] = seen) -> None:
+        def watch(name: str, module: Any, inputs: Any, output: Tensor, seen: dict[str, Any] = seen) -> None:
             finer = bool((output != output.bfloat16()).any())
-            seen[name] = linear.weight.dtype, inputs[0].dtype, finer or (name in seen and seen[name][2])
+            seen[name] = module.weight.dtype, inputs[0].dtype, finer or (name in seen and seen[name][2])
 
-        layer = learner.model.get_submodule("model.layers.1.mlp.up_proj")
-        for name, linear in (("head", lm_head(learner.model)), ("layer", layer)):
-            linear.register_forward_hook(partial(watch, name))
+        layer, norm = map(learner.model.get_submodule, ("model.layers.1.mlp.up_proj", "model.norm"))
+        for name, module in (("layer", layer), ("norm", norm), ("head", lm_head(learner.model))):
+            module.register_forward_hook(partial(watch, name))
         learner.step(learning.take(config, learning.groups(4), 2))
         learner_2 = learning.learner(fused, directory)
         learner_2.step(learning.take(fused, learning.groups(4), 2))
@@ -225,8 +225,8 @@ def test_mixed_precision_with_and_without_a_wide_head(tmp_path: Path) -> None:
     half, single = torch.bfloat16, torch.float32
     for results in learning.on_ranks(2, heads_on_rank, tmp_path):
         for (tied, fp32_head), (seen, *both) in zip(HEADS, results, strict=True):
-            head = single if fp32_head else half
-            assert seen == {"layer": (half, half, False), "head": (head, head, fp32_head)}
+            head = (single, single, True) if fp32_head else (half, half, False)
+            assert seen == {"layer": (half, half, False), "norm": head, "head": head}
             exact = gradients(stepped(tmp_path, num_groups=4, dtype="float32", tied=tied))
             for (name, gradient), grads in itertools.product(exact.items(), both):
                 assert (grads[name] - gradient).norm() < 0.1 * gradient.norm(), name
