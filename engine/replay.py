@@ -17,7 +17,6 @@ from pathlib import Path
 import msgspec
 import torch
 import torch.distributed as dist
-import xxhash
 from transformers.utils import logging as transformers_logging
 
 from engine import tokenizer
@@ -32,6 +31,8 @@ from engine.policy import manifest_of
 from engine.run_directory import RunDirectory
 from engine.schema import Ack, Group, Published, Result, Trained
 from engine.scores import shape_by
+from engine.weights.publish import write
+from engine.weights.segment import as_hex
 
 
 class Replay:
@@ -79,13 +80,10 @@ class Replay:
 
 
 def digest(learner: Learner, config: Config) -> str:
-    """The xxh3-64 of the weights as a publish lays them out."""
+    """What a publish of the weights would give."""
     manifest = manifest_of(learner.model, config)
-    payload = torch.zeros(manifest.num_bytes, dtype=torch.uint8)
-    views = manifest.views(payload)
-    for name, tensor in learner.weights():
-        views[name].copy_(tensor)
-    return xxhash.xxh3_64_hexdigest(payload.numpy().data)
+    payload = torch.empty(manifest.num_bytes, dtype=torch.uint8)
+    return as_hex(write(manifest, payload, learner.weights()))
 
 
 def replay(run: RunDirectory, place: Seat, num_steps: int | None = None) -> tuple[int, str]:

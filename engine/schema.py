@@ -216,7 +216,7 @@ class Trained(msgspec.Struct, tag=True, frozen=True):
 
 
 class Published(msgspec.Struct, tag=True, frozen=True):
-    """The weights of `version` lie complete in the segment; `digest` is their xxh3-64."""
+    """The weights of `version` lie complete in the segment; `digest` is their checksum's (engine.ops.buckets)."""
 
     version: int
     digest: str

@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-import xxhash
 import zmq
 
 from engine.config import ConfigError
+from engine.ops import buckets
 from engine.weights import Manifest, Publisher, Server, Subscriber, WeightsError, host_id, segment, subscribe
-from engine.weights.segment import Header, Overwritten, Segment
+from engine.weights.segment import Header, Overwritten, Segment, as_hex
 from engine.weights.subscribe import ATTEMPTS
 from engine.weights.tcp import Describe, Read, TcpSource
 
@@ -103,7 +103,6 @@ def test_tensors_arrive_cast(name: str) -> None:
     with closing(Publisher(name, manifest)) as publisher, closing(Subscriber(Segment.open(name))) as subscriber:
         digest = publisher.publish(0, 1, given)
         staged = subscriber.stage(0, 1)
-        assert not any(view.requires_grad for view in publisher._views[0].values())  # else it holds the learner's graph
     manifest.require(subscriber.manifest)
     assert staged.digest == digest
     assert staged.tensors["integer"].dtype == torch.int64
@@ -115,7 +114,8 @@ def test_tensors_arrive_cast(name: str) -> None:
 def test_digest_is_of_the_payload(publisher: Publisher) -> None:
     digest = publisher.publish(0, 1, tensors(2))
     with closing(Segment.open(publisher.name)) as reader:
-        assert digest == xxhash.xxh3_64_hexdigest(reader.payload(0).data)
+        payload = torch.from_numpy(reader.payload(0).copy())
+        assert digest == as_hex(buckets.digest(int(buckets.checksum(payload)), len(payload)))
 
 
 def test_the_asked_version_else_the_newest(publisher: Publisher, subscriber: Subscriber) -> None:

@@ -15,17 +15,25 @@ constexpr int64_t kPieceBytes = 2048;
 // the last one of up to 8 bytes. Their sum, the first byte standing at `position`.
 template <typename Visit, typename Rest>
 LEEWAY_INLINE uint64_t sum_words(const uint8_t* from, int64_t num_bytes, int64_t position, Visit visit, Rest rest) {
-  W key{}, total{};
-  for (int i = 0; i < kWords; ++i) key[i] = key_of(position / 8 + i);
+  uint64_t keys[2 * kWords];
+  for (int i = 0; i < 2 * kWords; ++i) keys[i] = key_of(position / 8 + i);
+  W key[2], total[2]{};  // two chains keep the multipliers busy
+  memcpy(key, keys, sizeof key);
   int64_t at = 0;
-  for (; at + int64_t(sizeof(W)) <= num_bytes; at += sizeof(W)) {
+  const auto step = [&](int chain) __attribute__((always_inline)) {
     const W words = load_words(from + at);
     visit(at, words);
-    total += mix(words, key);
-    key += kWords * kKeyStep;
+    total[chain] += mix(words, key[chain]);
+    key[chain] += 2 * kWords * kKeyStep;
+    at += sizeof(W);
+  };
+  while (at + int64_t(2 * sizeof(W)) <= num_bytes) {
+    step(0);
+    step(1);
   }
+  if (at + int64_t(sizeof(W)) <= num_bytes) step(0);
   uint64_t sum = 0;
-  for (int i = 0; i < kWords; ++i) sum += total[i];
+  for (int i = 0; i < kWords; ++i) sum += total[0][i] + total[1][i];
   for (; at < num_bytes; at += 8) {
     const int64_t size = num_bytes - at < 8 ? num_bytes - at : 8;
     rest(at, size);

@@ -28,6 +28,7 @@ ALIGNMENT = 16  # bytes; of buckets in memory and of offsets
 BLOCK_UNITS = 65536  # units of 2 bytes in a delta's block
 TILE = 128  # rows and columns that share an fp8 scale
 
+_SOURCES = (torch.float64, torch.float32, torch.bfloat16)
 _FORMATS = {torch.bfloat16: 1, torch.float32: 2, torch.float8_e4m3fn: 3}  # LeewayFormat; 0 is as it is
 
 
@@ -54,11 +55,13 @@ def flatten(
 ) -> Tensor:
     """Writes `tensors` at `offsets` as `dtypes` and zeros between them; the sum over `bucket`, uint8 [bytes].
 
-    Offsets are multiples of 16 and rise. A tensor is cast from float64, float32 or bfloat16 to bfloat16, float32 or
-    float8_e4m3fn, as torch casts it (to nearest, ties to even), or copied where it has its dtype already. fp8 elements
-    are divided by their tile's scale, its greatest finite magnitude / 448 (or 1 where that is no normal number).
+    Offsets are multiples of 16 and rise. A tensor that has its dtype is copied; float64, float32 and bfloat16 are cast
+    to bfloat16, float32 and float8_e4m3fn on the way (to nearest, ties to even, as torch does), other dtypes by torch
+    before. fp8 elements are divided by their tile's scale: its greatest finite magnitude / 448, or 1 where that is no
+    normal number.
     """
-    return _ops.flatten_(tensors, bucket, offsets, _formats(tensors, bucket, dtypes), position)
+    tensors, formats = _castable(tensors, bucket, dtypes)
+    return _ops.flatten_(tensors, bucket, offsets, formats, position)
 
 
 def checksum(data: Tensor, position: int = 0) -> Tensor:
@@ -105,7 +108,8 @@ def flatten_delta(
     there can be); `Delta.trim` tells if there were more. On CUDA the delta has room for `capacity` changes.
     """
     room = len(shadow) // 2 if capacity is None else capacity
-    total, *changes = _ops.flatten_delta_(tensors, shadow, offsets, _formats(tensors, shadow, dtypes), position, room)
+    tensors, formats = _castable(tensors, shadow, dtypes)
+    total, *changes = _ops.flatten_delta_(tensors, shadow, offsets, formats, position, room)
     return total, Delta(*changes)
 
 
@@ -118,18 +122,24 @@ def apply_delta(bucket: Tensor, delta: Delta, position: int = 0) -> Tensor:
     return _ops.apply_delta_(bucket, delta.counts, delta.offsets, delta.values, position)
 
 
-def _formats(tensors: Sequence[Tensor], bucket: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
+def _castable(
+    tensors: Sequence[Tensor], bucket: Tensor, dtypes: Sequence[torch.dtype]
+) -> tuple[list[Tensor], list[int]]:
+    """The tensors and their formats, as the kernels take them."""
     if len(dtypes) != len(tensors):
         raise ValueError(f"dtypes: {len(dtypes)} for {len(tensors)} tensors")
-    formats = []
+    given, formats = [], []
     for i, (tensor, asked) in enumerate(zip(tensors, dtypes, strict=True)):
-        dtype = wire_dtype(tensor.shape, asked)
         if tensor.device != bucket.device:
             raise ValueError(f"tensors[{i}]: on {tensor.device}, its bucket on {bucket.device}")
-        if dtype != tensor.dtype and dtype not in _FORMATS:
-            raise TypeError(f"dtypes[{i}]: {tensor.dtype} cannot be cast to {dtype}")
+        dtype = wire_dtype(tensor.shape, asked)
+        if tensor.dtype not in _SOURCES:
+            tensor = tensor.to(torch.float32 if dtype == torch.float8_e4m3fn else dtype)
+        elif dtype not in _FORMATS:
+            tensor = tensor.to(dtype)
+        given.append(tensor)
         formats.append(0 if dtype == tensor.dtype else _FORMATS[dtype])
-    return formats
+    return given, formats
 
 
 @torch.library.register_fake("leeway::flatten_")

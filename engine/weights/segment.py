@@ -8,8 +8,9 @@ File `/dev/shm/leeway-NAME`:
 A slot's header is `sequence incarnation version digest check`, uint64 each. The one writer makes `sequence` odd, writes
 the payload, then the header, and makes `sequence` even again. Readers take no lock, so a reader that is killed leaves
 nothing behind; a writer killed in the middle leaves its slot odd for ever and the other slot whole. A reader trusts a
-slot whose header has an even sequence and a right `check`, copies it, finds the header unchanged and the copy's xxh3-64
-equal to `digest`. The last two also cover memory that is not seen in the order in which it was written.
+slot whose header has an even sequence and a right `check`, copies it, finds the header unchanged and the copy's digest
+(engine.ops.buckets) equal to `digest`. The last two also cover memory that is not seen in the order in which it was
+written.
 
 The writer holds a `flock` on the file; a segment that nobody locks was left by a dead process (`remove_stale`).
 """
@@ -35,7 +36,7 @@ PREFIX = "leeway-"
 PIECE_BYTES = 1 << 20  # copied at a time: short enough to notice an overwrite early and to hash from the cache
 NUM_SLOTS = 2
 
-_MAGIC = b"leeway01"
+_MAGIC = b"leeway02"
 _PREAMBLE = struct.Struct("<8sQQ")
 _SLOT_HEADERS_AT = 64
 _SLOT_HEADER_WORDS = 8  # a cache line
@@ -49,7 +50,7 @@ class Header(msgspec.Struct, frozen=True):
     sequence: int
     incarnation: int
     version: int
-    digest: int  # xxh3-64 of the payload
+    digest: int  # of the payload, 64 bits
 
     @property
     def age(self) -> tuple[int, int]:
@@ -164,6 +165,10 @@ class Segment:
         sequence, incarnation, version, digest, check = self._words(slot)[:5].tolist()
         header = Header(slot, sequence, incarnation, version, digest)
         return header if sequence > 0 and sequence % 2 == 0 and check == header.check else None
+
+
+def as_hex(digest: int) -> str:
+    return f"{digest:016x}"
 
 
 def pieces(num_bytes: int) -> Iterator[slice]:

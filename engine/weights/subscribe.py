@@ -6,10 +6,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-import xxhash
 
+from engine.ops import buckets
 from engine.weights.manifest import Manifest, WeightsError
-from engine.weights.segment import Header, Overwritten, Segment, exists, host_id
+from engine.weights.segment import Header, Overwritten, Segment, as_hex, exists, host_id
 from engine.weights.tcp import TcpSource
 
 ATTEMPTS = 8  # each lost one means that two versions were published during one copy
@@ -37,7 +37,7 @@ class Staged:
 
     incarnation: int
     version: int
-    digest: str  # xxh3-64 of the payload, equal to the publisher's
+    digest: str  # of the payload, equal to the publisher's
     tensors: dict[str, torch.Tensor]
 
 
@@ -74,16 +74,15 @@ class Subscriber:
     def _copy(self, header: Header) -> Staged | None:
         """A private copy of the slot; none if it was overwritten meanwhile or its digest differs."""
         payload = torch.empty(self.manifest.num_bytes, dtype=torch.uint8)
-        array = payload.numpy()
-        digest = xxhash.xxh3_64()
+        total = 0
         try:
-            for piece in self._source.read(header, array):
-                digest.update(array[piece].data)
+            for piece in self._source.read(header, payload.numpy()):
+                total += int(buckets.checksum(payload[piece], piece.start))
         except Overwritten:
             return None
-        if digest.intdigest() != header.digest:
+        if buckets.digest(total, self.manifest.num_bytes) != header.digest:
             return None
-        return Staged(header.incarnation, header.version, digest.hexdigest(), self.manifest.views(payload))
+        return Staged(header.incarnation, header.version, as_hex(header.digest), self.manifest.views(payload))
 
 
 ROUTES: dict[str, Callable[[str, str, float], Source]] = {
