@@ -138,7 +138,7 @@ class Algorithm(Struct):
 
 
 class Ops(Struct):
-    backend: Literal["fused", "reference"] = "fused"  # of head and loss: compiled kernels, or plain torch
+    backend: Literal["fused", "reference"] = "fused"  # of layers, head and loss: compiled kernels, or plain torch
     health: Literal["all", "trained"] = "all"  # metrics of "trained": answers without an advantage are left out
 
 

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint.state_dict as torch_state
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import parallel
+from engine import fusion, parallel
 from engine.algorithms.method import Method, Tokens, means
 from engine.config import Config
 from engine.config import Learner as LearnerConfig
@@ -71,6 +71,7 @@ class Learner:
         self._skips_idle = config.ops.health == "trained" and not penalised
         self.model = model
         nn.Module.to(model.eval(), self._device)  # eval: no dropout, as generators sample without it
+        fusion.use(model, config.ops.backend)
         place = partial(self._place, config)
         self._reference = place(copy.deepcopy(model).requires_grad_(False)) if method.needs_reference else None
         if config.learner.activation_checkpointing:

@@ -2,11 +2,12 @@
 
 Our attention is registered with transformers under the name "leeway". It takes a layout from the keyword arguments
 that the model hands down to its attention modules, so any model that uses the attention interface works unchanged;
-transformers makes no mask for it.
+transformers makes no mask for it. Under the name "leeway_plain" it is the same in plain torch.
 """
 
 import inspect
 import json
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from engine.attention import Layout
 from engine.config import ConfigError, Model
 
-ATTENTION = "leeway"
+ATTENTION, PLAIN_ATTENTION = "leeway", "leeway_plain"
 HEAD_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what some models do after the head
 UNSUPPORTED = ("softcap", "s_aux", "head_mask", "position_bias")  # variants of attention that we do not compute
 
@@ -29,12 +30,22 @@ class Attends(Protocol):
     longest: int  # the longest sequence, in tokens, that any row belongs to
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [H, T, D], key and value [H_kv, T, D] -> [T, H, D]."""
+        """query [T, H, D], key and value [T, H_kv, D] -> [T, H, D]."""
+        ...
+
+    def attend_plain(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As `attend`, in plain torch."""
         ...
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    plain: bool = False,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D].
 
@@ -52,11 +63,13 @@ def attention(
         raise ConfigError(f"model: a sliding window of {window} is shorter than a sequence of {layout.longest} tokens")
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out = layout.attend(module.layer_idx, query[0], key[0], value[0], scale)  # type: ignore[arg-type]
-    return out.unsqueeze(0), None
+    attend = layout.attend_plain if plain else layout.attend
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(module.layer_idx, *rows, scale).unsqueeze(0), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(ATTENTION, attention)
+AttentionInterface.register(PLAIN_ATTENTION, partial(attention, plain=True))
 
 
 def build(model: Model, *, vocab_size: int, eos_id: int, pad_id: int, seed: int) -> PreTrainedModel:
@@ -131,7 +144,7 @@ def hidden_states(model: PreTrainedModel, token_ids: Tensor, position_ids: Tenso
     """
     if not len(token_ids):
         nothing = token_ids.new_zeros(1)
-        return hidden_states(model, nothing, nothing, Layout(np.array([0, 1]), device=token_ids.device))[:0]
+        return hidden_states(model, nothing, nothing, Layout(np.array([0, 1])))[:0]
     outputs = model.base_model(
         input_ids=token_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, layout=layout
     )
@@ -172,8 +185,8 @@ def check_isolation(model: PreTrainedModel) -> None:
     drawn = np.random.default_rng(0).integers(model.config.vocab_size, size=first + second)
     token_ids = torch.from_numpy(drawn).to(device)
     positions = torch.cat([torch.arange(first), torch.arange(second)]).to(device)
-    both = Layout(np.array([0, first, first + second]), device=device)
-    one = Layout(np.array([0, second]), device=device)
+    both = Layout(np.array([0, first, first + second]))
+    one = Layout(np.array([0, second]))
     try:
         packed = _outputs(model, token_ids, positions, both)
         alone = _outputs(model, token_ids[first:], positions[first:], one)

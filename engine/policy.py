@@ -51,7 +51,7 @@ class Batch:
         return cls(
             token_ids=tensor(inputs),
             position_ids=tensor(positions),
-            layout=Layout(cu_seqlens, prefix, device),
+            layout=Layout(cu_seqlens, prefix),
             rows=tensor(micro.rows[kept]),
             targets=tensor(micro.targets[kept]),
             tokens=Tokens(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine import fusion
 from engine.attention import Layout
 from engine.config import Config
 from engine.model import hidden_states, lm_head
@@ -47,6 +48,7 @@ def warm_start(
         return
     started = time.monotonic()
     say(f"warm start: {config.warm_start.steps} supervised steps of {config.warm_start.batch_size} demonstrations")
+    fusion.use(policy, config.ops.backend)
     loss = _train(config, policy, tokenizer, Prompts(_demonstrated(config), tokenizer), stop)
     _write(policy, cached)
     say(f"warm start took {time.monotonic() - started:.0f} s, last loss {loss:.3f}; kept as {cached}")

@@ -48,7 +48,15 @@ FLOORS = [
         "engine.progress",
         "engine.placement",
     },
-    {"engine.model", "engine.head", "engine.attention", "engine.parallel", "engine.algorithms", "engine.ops"},
+    {
+        "engine.model",
+        "engine.fusion",
+        "engine.head",
+        "engine.attention",
+        "engine.parallel",
+        "engine.algorithms",
+        "engine.ops",
+    },
     {"engine.schema", "engine.config", "engine.process"},
     {"rewards"},
 ]
@@ -87,6 +95,7 @@ OPERATORS = {
     "engine.ops.buckets",
     "engine.ops.library",
     "engine.ops.loss",
+    "engine.ops.model",
     "engine.ops.packing",
     "engine.ops.reference",
 }

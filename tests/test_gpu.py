@@ -50,9 +50,9 @@ def one_rank():
 
 
 def test_varlen_attention_is_the_reference_with_its_gradient():
-    layout = Layout(np.array([0, 7, 19, 24, 40], np.int32), np.array([-1, 0, 0, -1], np.int32), "cuda")
+    layout = Layout(np.array([0, 7, 19, 24, 40], np.int32), np.array([-1, 0, 0, -1], np.int32))
     torch.manual_seed(0)
-    parts = [torch.randn(heads, 40, 64, dtype=torch.float64) for heads in (4, 2, 2)]
+    parts = [torch.randn(40, heads, 64, dtype=torch.float64) for heads in (4, 2, 2)]
     upstream = torch.randn(40, 4, 64, dtype=torch.float64)
 
     def run(attend, dtype, device):

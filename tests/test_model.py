@@ -65,7 +65,7 @@ def test_packed_hidden_states_and_gradients_equal_plain_transformers_one_sequenc
 def test_fast_attention_equals_its_reference_in_values_and_gradients() -> None:
     _, _, layout = batch()
     generator = torch.Generator().manual_seed(0)
-    shapes = [(heads, layout.num_tokens, 5) for heads in (6, 2, 2)]
+    shapes = [(layout.num_tokens, heads, 5) for heads in (6, 2, 2)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     fast = layout.attend(0, inputs[0], inputs[1], inputs[2], 0.3)
     plain = attend_plain(inputs[0], inputs[1], inputs[2], layout, 0.3)
@@ -79,8 +79,8 @@ def test_fast_attention_equals_its_reference_in_values_and_gradients() -> None:
 def test_one_token_attends_to_itself_and_a_prefix_by_hand() -> None:
     # Segment 1 is one token after a prefix of one token: scores 0 and ln 3, so weights 1/4 and 3/4.
     layout = Layout(np.array([0, 1, 2]), np.array([-1, 0]))
-    query, value = torch.tensor([[[1.0], [1.0]]]), torch.tensor([[[4.0], [8.0]]])
-    key = torch.tensor([[[0.0], [float(np.log(3.0))]]])
+    query, value = torch.tensor([[[1.0]], [[1.0]]]), torch.tensor([[[4.0]], [[8.0]]])
+    key = torch.tensor([[[0.0]], [[float(np.log(3.0))]]])
     out = layout.attend(0, query, key, value, 1.0)
     torch.testing.assert_close(out.flatten(), torch.tensor([4.0, 0.25 * 4.0 + 0.75 * 8.0]))
 
@@ -92,13 +92,6 @@ def test_an_empty_layout_gives_no_rows_and_no_gradient() -> None:
     assert hidden.shape == (0, 32)
     hidden.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-
-
-def test_padding_stays_below_a_quarter_and_buckets_hold_every_row_once() -> None:
-    lengths = np.random.default_rng(0).integers(1, 200, 300)
-    layout = Layout(np.concatenate([[0], np.cumsum(lengths)]))
-    assert len(layout.pad) <= 1.25 * lengths.sum()
-    assert torch.equal(layout.pad[layout.unpad], torch.arange(int(lengths.sum())))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "gpt2"])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engine import fusion
 from engine.attention import Layout
 from engine.config import Config, ConfigError, Generator
 from engine.generators.base import Sampled
@@ -210,7 +211,7 @@ class Embedded:
             positions.append(np.arange(len(prompt)))
             homes.append(np.full(len(prompt), first))
         ends = np.cumsum([len(part) for part in token_ids])
-        packed = Layout(ends - num_decoding, device=self._cache.entries.device) if fresh else None
+        packed = Layout(ends - num_decoding) if fresh else None
         if not ends[-1]:
             logits = self._cache.entries.new_empty(0, 0)
         else:
@@ -333,7 +334,7 @@ class Embedded:
                 homes.append(np.full(len(ids), home))
                 prefix.append(parent)
         ends = np.cumsum([0, *map(len, token_ids)])
-        packed = Layout(ends, np.array(prefix), self._cache.entries.device)
+        packed = Layout(ends, np.array(prefix))
         self._run(token_ids, positions, homes, np.empty(0, np.int64), packed)
         for request, members in groups.items():
             for member in members[1:]:
@@ -352,7 +353,7 @@ def from_files(config: Config, files: dict[str, bytes], tokenizer: "PreTrainedTo
     """The embedded generator of a job, from what `Welcome` carries."""
     device = config.generator.device
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model = from_description(files, config.generator.dtype, device)
+    model = fusion.use(from_description(files, config.generator.dtype, device), config.ops.backend)
     if config.model.fp32_head:
         widen_head(model)
     ids = [tokenizer.eos_token_id, model.config.eos_token_id]

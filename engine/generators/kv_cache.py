@@ -1,11 +1,14 @@
 """The keys and values of the sequences that decode together, in slots of fixed size, and one step over them."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from engine.attention import Layout
+from engine.ops import model as ops
 
 
 class KVCache:
@@ -42,28 +45,50 @@ class Step:
     def __init__(self, cache: KVCache, lengths: np.ndarray, places: Tensor, packed: Layout | None):
         self.cache, self.places, self.packed = cache, places, packed
         self.num_decoding = len(lengths)
-        self.width = int(lengths.max(initial=0)) + 1
-        self.longest = max(self.width, packed.longest if packed else 0)
-        unseen = np.where(np.arange(self.width) <= lengths[:, None], 0.0, -np.inf).repeat(cache.num_kv_heads, 0)
-        self.mask = torch.from_numpy(unseen[:, None]).to(cache.entries)
+        self.longest = max(int(lengths.max(initial=-1)) + 1, packed.longest if packed else 0)
+        self._lengths = torch.from_numpy(lengths)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [H, T, D], key and value [H_kv, T, D] -> [T, H, D]; keeps the keys and values."""
-        for kept, new in zip(self.cache.rows[layer], (key, value), strict=True):
-            kept.index_copy_(0, self.places, new.transpose(0, 1).reshape(-1, new.shape[2]))
-        if self.packed is None:
-            return self._decode(layer, query, scale)
-        if not self.num_decoding:
-            return self.packed.attend(layer, query, key, value, scale)
+        """query [T, H, D], key and value [T, H_kv, D] -> [T, H, D]; keeps the keys and values."""
+        if query.device.type != "cpu" or query.dtype.itemsize < 4:
+            return self.attend_plain(layer, query, key, value, scale)
+        n, parts = self.num_decoding, []
+        if n:
+            keys, values = self.cache.entries[layer]
+            parts.append(ops.decode(query[:n], key[:n], value[:n], keys, values, self._lengths, scale))
+        if self.packed is not None:
+            self._keep(layer, self.places[n * key.shape[1] :], key[n:], value[n:])
+            parts.append(self.packed.attend(layer, query[n:], key[n:], value[n:], scale))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def attend_plain(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As `attend`, in plain torch."""
         n = self.num_decoding
-        whole = self.packed.attend(layer, query[:, n:], key[:, n:], value[:, n:], scale)
-        return torch.cat([self._decode(layer, query[:, :n], scale), whole])
+        self._keep(layer, self.places, key, value)
+        parts = [self._decode(layer, query[:n], scale)] if n else []
+        if self.packed is not None:
+            parts.append(self.packed.attend_plain(layer, query[n:], key[n:], value[n:], scale))
+        return torch.cat(parts)
+
+    def _keep(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> None:
+        for kept, new in zip(self.cache.rows[layer], (key, value), strict=True):
+            kept.index_copy_(0, places, new.reshape(-1, new.shape[2]))
 
     def _decode(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """softmax(scale * q k^T + mask) v for one query a slot, the query heads of a kept head side by side."""
-        heads, num, dim = query.shape
-        keys, values = (block[: num * self.cache.num_kv_heads, : self.width] for block in self.cache.blocks[layer])
-        q = query.transpose(0, 1).reshape(num * self.cache.num_kv_heads, -1, dim)
-        scores = torch.baddbmm(self.mask, q, keys.transpose(1, 2), alpha=scale)
+        num, heads, dim = query.shape
+        keys, values = (block[: num * self.cache.num_kv_heads, : self._width] for block in self.cache.blocks[layer])
+        q = query.reshape(num * self.cache.num_kv_heads, -1, dim)
+        scores = torch.baddbmm(self._mask, q, keys.transpose(1, 2), alpha=scale)
         weights = torch.softmax(scores, -1, dtype=torch.float32 if q.dtype.itemsize < 4 else None).to(q.dtype)
         return torch.bmm(weights, values).view(num, heads, dim)
+
+    @cached_property
+    def _width(self) -> int:
+        return int(self._lengths.max()) + 1
+
+    @cached_property
+    def _mask(self) -> Tensor:
+        unseen = torch.arange(self._width) > self._lengths[:, None]
+        mask = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+        return mask.repeat_interleave(self.cache.num_kv_heads, 0)[:, None].to(self.cache.entries)

@@ -1,0 +1,3 @@
+#define LEEWAY_ISA portable
+#include "../common/isa.h"
+#include "cpu_kernels.h"
