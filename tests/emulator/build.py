@@ -1,22 +1,31 @@
-"""Compiles .cu files for the CPU, on the emulator beside this file, under a sanitizer."""
+"""Builds programs under sanitizers, with .cu files compiled for the CPU on the emulator beside this file."""
 
-import functools
+import os
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 EMULATOR = Path(__file__).resolve().parent
+FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror"]
+EMULATED = ["-I", str(EMULATOR), "-Wno-unknown-pragmas"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
 
 
-@functools.cache
-def emulated(*sources: Path, sanitizer: str) -> Path:
-    """The program that C++ and CUDA `sources` make together with the emulator."""
-    program = Path(tempfile.mkdtemp(prefix="emulated-")) / "program"
-    flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", *SANITIZERS[sanitizer]]
-    files = [*sources, EMULATOR / "emulator.cpp"]
-    subprocess.run(["g++", *flags, "-I", EMULATOR, "-x", "c++", *files, "-o", program], check=True)
-    return program
+def program(sources: Iterable[Path], flags: list[str]) -> Path:
+    """What `sources` make, compiled as C++ whatever they are called and linked with `flags`."""
+    folder = Path(tempfile.mkdtemp(prefix="program-"))
+
+    def compiled(numbered: tuple[int, Path]) -> Path:
+        made = folder / f"{numbered[0]}-{numbered[1].stem}.o"
+        subprocess.run(["g++", *FLAGS, *flags, "-x", "c++", "-c", numbered[1], "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compiled, enumerate(sorted(sources))))
+    subprocess.run(["g++", *flags, *objects, "-o", folder / "program"], check=True)
+    return folder / "program"

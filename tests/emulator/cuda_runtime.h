@@ -55,8 +55,9 @@ struct Place {
 Place place();  // of the thread that runs
 
 void sync_block();
-int vote_block(int predicate);                                // how many threads of the block say yes
-void exchange(unsigned mask, uint64_t value, uint64_t* all);  // every lane's value to every lane of the warp
+int vote_block(int predicate);                     // how many threads of the block say yes
+unsigned vote_warp(unsigned mask, int predicate);  // which lanes of the warp do
+uint64_t exchange(unsigned mask, uint64_t value, unsigned lane);  // for that lane's value
 void cluster_arrive();
 void cluster_wait();
 void* cluster_map(const void* mine, unsigned rank);
@@ -67,10 +68,10 @@ void copy_async_wait(unsigned groups_left);
 template <typename T>
 T from_lane(unsigned mask, T value, unsigned lane, bool inside) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
-  uint64_t bits = 0, all[32];
+  uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  exchange(mask, bits, all);
-  if (inside) std::memcpy(&value, &all[lane % 32], sizeof(T));
+  bits = exchange(mask, bits, lane % 32);
+  if (inside) std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
 
@@ -106,13 +107,7 @@ template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
   return emulator::from_lane(mask, value, emulator::lane() + by, emulator::lane() % width + by < unsigned(width));
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  uint64_t all[32];
-  emulator::exchange(mask, predicate != 0, all);
-  unsigned votes = 0;
-  for (unsigned i = 0; i < 32; ++i) votes |= unsigned(all[i]) << i;
-  return votes;
-}
+inline unsigned __ballot_sync(unsigned mask, int predicate) { return emulator::vote_warp(mask, predicate); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { __ballot_sync(mask, 0); }

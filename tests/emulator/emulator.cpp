@@ -9,6 +9,8 @@
 
 // What runs inside a fiber must stay out of ThreadSanitizer's sight: only the kernels' own accesses can race.
 #define UNSEEN __attribute__((no_sanitize("thread")))
+// Leaves its frame, and comes back with other registers: the compiler must not reason about either.
+#define SWITCH __attribute__((noipa, no_sanitize("thread", "address")))
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -20,7 +22,7 @@
 namespace emulator {
 namespace {
 
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = 128 << 10;
 constexpr unsigned kWarp = 32, kMaxBlock = 1024, kMaxCluster = 8;
 constexpr size_t kMaxCopies = 256;  // in flight per thread
 constexpr int kNaN = 0xff;           // every byte of it, in every type of float
@@ -50,6 +52,8 @@ struct Copy {
   unsigned group;
 };
 
+typedef void* Jump[5];  // of the compiler's own setjmp, which no sanitizer intercepts and no system call slows
+
 struct Fiber {
   Place place;
   Block* block;
@@ -64,8 +68,9 @@ struct Fiber {
   Copy* copies;  // [kMaxCopies]
   size_t num_copies = 0;
   unsigned group = 0;  // of the copies issued next
-  ucontext_t context;
   void* stack;
+  Jump jump;
+  bool started = false;
 #ifdef __SANITIZE_ADDRESS__
   void* fake_stack = nullptr;
 #endif
@@ -79,7 +84,7 @@ struct Running {
   void (*body)(void*);
   void* argument;
   Fiber* fiber;
-  ucontext_t scheduler;
+  Jump scheduler;
 #ifdef __SANITIZE_ADDRESS__
   void* fake_stack = nullptr;
   const void* stack = nullptr;
@@ -107,7 +112,23 @@ UNSEEN void acquire([[maybe_unused]] void* point) {
 #endif
 }
 
-UNSEEN void resume(Fiber& fiber) {
+SWITCH void jump(Jump& to) { __builtin_longjmp(to, 1); }
+
+void start();
+
+// The first time on a stack of its own.
+SWITCH void enter(Fiber& fiber) {
+  if (fiber.started) jump(fiber.jump);
+  fiber.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack;
+  context.uc_stack.ss_size = kStack;
+  makecontext(&context, start, 0);
+  setcontext(&context);
+}
+
+SWITCH void resume(Fiber& fiber) {
   running.fiber = &fiber;
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&running.fake_stack, fiber.stack, kStack);
@@ -115,13 +136,13 @@ UNSEEN void resume(Fiber& fiber) {
 #ifdef __SANITIZE_THREAD__
   __tsan_switch_to_fiber(fiber.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
-  swapcontext(&running.scheduler, &fiber.context);
+  if (__builtin_setjmp(running.scheduler) == 0) enter(fiber);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(running.fake_stack, nullptr, nullptr);
 #endif
 }
 
-UNSEEN void yield() {
+SWITCH void yield() {
   Fiber& fiber = *running.fiber;
 #ifdef __SANITIZE_ADDRESS__
   void** keep = fiber.done ? nullptr : &fiber.fake_stack;
@@ -130,13 +151,13 @@ UNSEEN void yield() {
 #ifdef __SANITIZE_THREAD__
   __tsan_switch_to_fiber(running.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
-  swapcontext(&fiber.context, &running.scheduler);
+  if (__builtin_setjmp(fiber.jump) == 0) jump(running.scheduler);
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, &running.stack, &running.stack_size);
+  __sanitizer_finish_switch_fiber(running.fiber->fake_stack, &running.stack, &running.stack_size);
 #endif
 }
 
-__attribute__((no_sanitize("thread", "address"))) void start() {
+SWITCH void start() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &running.stack, &running.stack_size);
 #endif
@@ -223,17 +244,6 @@ Memory poisoned(size_t bytes) {
   return Memory(static_cast<unsigned char*>(memory));
 }
 
-void prepare(Fiber& fiber, void* stack) {
-  fiber.stack = stack;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = stack;
-  fiber.context.uc_stack.ss_size = kStack;
-  makecontext(&fiber.context, start, 0);
-#ifdef __SANITIZE_THREAD__
-  fiber.tsan = __tsan_create_fiber(0);
-#endif
-}
-
 void run_cluster(const Launch& shape, unsigned first, std::vector<Memory>& shared) {
   Barrier cluster_barrier{"the cluster's barrier", shape.cluster * shape.block};
   std::vector<Block> blocks(shape.cluster);
@@ -255,7 +265,10 @@ void run_cluster(const Launch& shape, unsigned first, std::vector<Memory>& share
       fiber.cluster = blocks.data();
       fiber.cluster_barrier = &cluster_barrier;
       fiber.copies = &copies[index * kMaxCopies];
-      prepare(fiber, stack(index));
+      fiber.stack = stack(index);
+#ifdef __SANITIZE_THREAD__
+      fiber.tsan = __tsan_create_fiber(0);
+#endif
     }
   }
   run_to_end(fibers);
@@ -297,14 +310,23 @@ UNSEEN int vote_block(int predicate) {
   return barrier.last_votes;
 }
 
-UNSEEN void exchange(unsigned mask, uint64_t value, uint64_t* all) {
+UNSEEN const uint64_t* gather(unsigned mask, uint64_t value) {
   Warp& warp = *running.fiber->warp;
   if (mask != 0xffffffffu) die("warp functions take the full mask");
   const unsigned phase = warp.barrier.phase;
-  warp.values[phase % 2][lane()] = value;
+  warp.values[phase % 2][running.fiber->place.thread.x % kWarp] = value;
   await(warp.barrier, arrive(warp.barrier));
-  for (unsigned i = 0; i < kWarp; ++i) all[i] = warp.values[phase % 2][i];
+  return warp.values[phase % 2];
 }
+
+UNSEEN unsigned vote_warp(unsigned mask, int predicate) {
+  const uint64_t* values = gather(mask, predicate != 0);
+  unsigned votes = 0;
+  for (unsigned i = 0; i < kWarp; ++i) votes |= static_cast<unsigned>(values[i]) << i;
+  return votes;
+}
+
+UNSEEN uint64_t exchange(unsigned mask, uint64_t value, unsigned lane) { return gather(mask, value)[lane]; }
 
 UNSEEN void cluster_arrive() {
   Fiber& fiber = *running.fiber;

@@ -10,21 +10,22 @@ constexpr unsigned kFewThreads = 128, kManyThreads = 512;
 constexpr int64_t kManyTokens = 1024;  // of the mean sequence, from which on a block has many threads
 constexpr int kMaxWarps = kManyThreads / 32;
 
-// The sums over the block, in all its threads. `board` has room for them from each warp.
+// The sums over the first `warps` of the block, in all its threads. `board` has room for those of each warp.
 template <int count>
-__device__ void block_sum(double (&sums)[count], double* board) {
+__device__ void block_sum(double (&sums)[count], unsigned warps, double* board) {
   const unsigned warp = threadIdx.x / 32;
+  if (warp < warps) {
 #pragma unroll
-  for (double& sum : sums) sum = warp_reduce(sum, [](double a, double b) { return a + b; });
-  if (threadIdx.x % 32 == 0) {
-#pragma unroll
-    for (int i = 0; i < count; ++i) board[warp * count + i] = sums[i];
+    for (int i = 0; i < count; ++i) {
+      sums[i] = warp_reduce(sums[i], [](double a, double b) { return a + b; });
+      if (threadIdx.x % 32 == 0) board[warp * count + i] = sums[i];
+    }
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     sums[i] = 0;
-    for (unsigned each = 0; each < blockDim.x / 32; ++each) sums[i] += board[each * count + i];
+    for (unsigned each = 0; each < warps; ++each) sums[i] += board[each * count + i];
   }
   __syncthreads();
 }
@@ -35,6 +36,12 @@ struct Sequence {
   const Recipe<T>& recipe;
   const T *logprob, *entropy;
   int64_t begin, end;
+
+  // That have tokens.
+  __device__ unsigned warps() const {
+    const int64_t filled = (end - begin + 31) / 32, all = blockDim.x / 32;
+    return static_cast<unsigned>(filled < all ? filled : all);
+  }
 
   // `use(i, token i)` for each of the thread's tokens.
   template <typename Use>
@@ -48,11 +55,11 @@ struct Sequence {
     SequenceSums own;
     each([&](int64_t, const Token<T>& token) { add(own, token); });
     double sums[] = {own.count, own.log_ratio, own.log_rho};
-    block_sum(sums, board);
+    block_sum(sums, warps(), board);
     SequenceStats<T> stats = sequence_stats(recipe, {sums[0], sums[1], sums[2]});
     double pulls[] = {0};
     each([&](int64_t, const Token<T>& token) { pulls[0] += pull(recipe, token, stats); });
-    block_sum(pulls, board);
+    block_sum(pulls, warps(), board);
     stats.pull = T(pulls[0]);
     return stats;
   }
@@ -80,11 +87,11 @@ __global__ void __launch_bounds__(kManyThreads)
     if (tokens.staleness != nullptr && num_bins > 0) atomicAdd(&bins[bin(tokens.staleness[i], num_bins)], 1u);
   });
   if (out.health == nullptr) return;
-  block_sum(sums, board);
+  block_sum(sums, sequence.warps(), board);
   double* row = out.health + number * (LEEWAY_HEALTH + num_bins);
 #pragma unroll
   for (int i = 0; i < LEEWAY_HEALTH; ++i) {
-    if (threadIdx.x == i) row[i] = sums[i];
+    if (static_cast<int>(threadIdx.x) == i) row[i] = sums[i];
   }
   for (int i = threadIdx.x; i < num_bins; i += blockDim.x) row[LEEWAY_HEALTH + i] = bins[i];
 }
