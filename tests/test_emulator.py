@@ -1,15 +1,21 @@
 """The emulator runs what is right, and finds in each faulty kernel its fault."""
 
+import functools
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
-from emulator.build import EMULATOR, emulated
+from emulator.build import EMULATED, EMULATOR, SANITIZERS, program
+
+
+@functools.cache
+def checks(sanitizer: str) -> Path:
+    return program([EMULATOR / "checks.cu", EMULATOR / "emulator.cpp"], [*SANITIZERS[sanitizer], *EMULATED])
 
 
 def check(name: str, sanitizer: str) -> subprocess.CompletedProcess[str]:
-    program = emulated(EMULATOR / "checks.cu", sanitizer=sanitizer)
-    return subprocess.run([program, name], capture_output=True, text=True, timeout=60)
+    return subprocess.run([checks(sanitizer), name], capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])

@@ -43,7 +43,8 @@ bool add(const char* name, void (*check)());
   } while (0)
 
 enum class Device { cpu, cuda };
-const std::vector<Device>& devices();  // that this program was linked for
+const std::vector<Device>& devices();            // that this program was linked for
+const std::vector<Device>& devices(int number);  // for one of many cases: an emulated device, slow, gets every seventh
 void finish(int status);               // of a launch on the CUDA device: waits for it
 
 // Memory that all devices see, every byte 0xff: NaN in every format of numbers, -1 in integers.

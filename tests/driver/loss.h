@@ -41,20 +41,21 @@ void put(double x, X& to) {
   leeway::from_float(float(x), to);
 }
 
-// Rows with gaps between them, beginning anywhere: N rows of logits X, gradients G.
+// Rows with gaps between them, beginning anywhere: N rows of logits X, gradients G. `aligned`: where vectors of 16 bytes
+// could.
 template <typename X, typename G>
 class RowsOf {
  public:
   typedef std::conditional_t<sizeof(X) == 8, double, float> T;
 
-  RowsOf(Random& random, int64_t num_rows, int64_t vocab)
+  RowsOf(Random& random, int64_t num_rows, int64_t vocab, bool aligned = false)
       : num_rows(num_rows),
         vocab(vocab),
         temperature(random.below(2) ? 1 : random.uniform(0.3, 2)),
-        logits_offset_(random.below(9)),
-        grad_offset_(random.below(9)),
-        logits_stride_(vocab + random.below(9)),
-        grad_stride_(vocab + random.below(9)),
+        logits_offset_(place(random.below(9), aligned)),
+        grad_offset_(place(random.below(9), aligned)),
+        logits_stride_(place(vocab + random.below(9), aligned)),
+        grad_stride_(place(vocab + random.below(9), aligned)),
         targets(num_rows),
         logprob(num_rows),
         entropy(num_rows),
@@ -76,6 +77,21 @@ class RowsOf {
     return {logits_data(), &grad_at(0, 0), num_rows, vocab, logits_stride_, grad_stride_, number(X{}).type,
             number(G{}).type, targets.data(), temperature, logprob.data(), entropy.data(), lse.data(),
             number(T{}).type, slope_logprob.data(), slope_entropy.data()};
+  }
+
+  // The gradient in the memory of the logits, row upon row.
+  LeewayRows overlaid() {
+    LeewayRows view = this->view();
+    view.grad = logits_data();
+    view.grad_stride = logits_stride_ * sizeof(X) / sizeof(G);
+    return view;
+  }
+  bool overlay_is(const Array<G>& expected) {
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const G* row = reinterpret_cast<const G*>(&at(i, 0));
+      if (memcmp(row, &expected[&grad_at(i, 0) - grad.data()], vocab * sizeof(G)) != 0) return false;
+    }
+    return true;
   }
 
   X* logits_data() { return &at(0, 0); }
@@ -111,6 +127,7 @@ class RowsOf {
   const double temperature;
 
  private:
+  static int64_t place(int64_t at, bool aligned) { return aligned ? (at + 7) / 8 * 8 : at; }
   const int64_t logits_offset_, grad_offset_, logits_stride_, grad_stride_;
 
  public:

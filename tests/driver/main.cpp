@@ -38,6 +38,14 @@ const std::vector<Device>& devices() {
   return devices;
 }
 
+const std::vector<Device>& devices([[maybe_unused]] int number) {
+#ifdef LEEWAY_EMULATED
+  static const std::vector<Device> cpu = {Device::cpu};
+  if (number % 7 != 0) return cpu;
+#endif
+  return devices();
+}
+
 #ifdef __CUDACC__
 void finish(int status) {
   REQUIRE(status == cudaSuccess, "%s", cudaGetErrorString(cudaError_t(status)));

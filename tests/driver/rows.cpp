@@ -80,10 +80,12 @@ template <typename X, typename G>
 void compare_all(uint64_t seed) {
   Random random(seed);
   for (int64_t vocab : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 100, 1023, 1024, 1025, 2047, 2500, 5003}) {
-    RowsOf<X, G> rows(random, 1 + random.below(4), vocab);
-    for (Device device : devices()) {
-      compare(rows, device);
-      rows.poison();
+    for (bool aligned : {false, true}) {
+      RowsOf<X, G> rows(random, 1 + random.below(4), vocab, aligned);
+      for (Device device : devices()) {
+        compare(rows, device);
+        rows.poison();
+      }
     }
   }
 }
@@ -138,7 +140,7 @@ void compare_edges() {
   Random random(11);
   for (Edge edge : edges) {
     for (int64_t vocab : {1, 19, 64, 3000}) {
-      RowsOf<X, X> rows(random, 3, vocab);
+      RowsOf<X, X> rows(random, 3, vocab, random.below(2));
       edge(rows, 1);
       for (Device device : devices()) {
         compare(rows, device);
@@ -230,6 +232,30 @@ CHECK(rows_on_cuda_are_the_same_bits_twice) {
   REQUIRE(rows.grad.same_bits(grad) && rows.logprob.same_bits(logprob) && rows.entropy.same_bits(entropy), "twice");
 }
 
+// In their own memory too, where the block of each row has read what it overwrites.
+template <typename X, typename G>
+void compare_overlay() {
+  Random random(18);
+  if (devices().back() != Device::cuda) return;
+  for (int64_t vocab : {1, 40, 3001, 9000}) {
+    for (bool aligned : {false, true}) {
+      RowsOf<X, G> rows(random, 3, vocab, aligned);
+      stats(Device::cuda, rows.view());
+      grads(Device::cuda, rows.view());
+      grads(Device::cuda, rows.overlaid());
+      REQUIRE(rows.overlay_is(rows.grad), "vocab %ld", long(vocab));
+    }
+  }
+}
+
+CHECK(gradients_on_cuda_overlay_the_logits) {
+  compare_overlay<double, double>();
+  compare_overlay<float, float>();
+  compare_overlay<float, Bf16>();
+  compare_overlay<float, F16>();
+  compare_overlay<Bf16, Bf16>();
+}
+
 CHECK(rows_without_slopes_are_filled_with_zeros_unread) {
   Random random(15);
   for (Device device : devices()) {
@@ -258,6 +284,18 @@ CHECK(no_slopes_given_are_zeros) {
     rows.poison_grad();
     grads(device, rows.view());
     REQUIRE(rows.grad.same_bits(grad), "device %d", int(device));
+  }
+}
+
+CHECK(no_rows_are_no_error) {
+  Random random(19);
+  for (Device device : devices()) {
+    RowsOf<float, float> rows(random, 1, 40);
+    LeewayRows view = rows.view();
+    view.num_rows = 0;
+    stats(device, view);
+    grads(device, view);
+    REQUIRE(std::isnan(rows.lse[0]) && std::isnan(rows.grad_at(0, 0)), "written");
   }
 }
 

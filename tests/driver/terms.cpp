@@ -214,13 +214,16 @@ LeewayRecipe recipe(int surrogate, int correction, int divergence, bool correcte
   return recipe;
 }
 
+// visit(recipe, devices)
 template <typename Visit>
 void for_every_recipe(Visit visit) {
+  int number = 0;
   for (int surrogate = LEEWAY_REINFORCE; surrogate <= LEEWAY_GSPO_TOKEN; ++surrogate) {
     for (int correction = LEEWAY_UNCORRECTED; correction <= LEEWAY_SEQUENCE_MASK; ++correction) {
       for (int divergence = LEEWAY_NO_KL; divergence <= LEEWAY_K3; ++divergence) {
         for (int options = 0; options < 8; ++options) {
-          visit(recipe(surrogate, correction, divergence, options & 1, options & 2, options & 4 ? 0.02 : 0));
+          visit(recipe(surrogate, correction, divergence, options & 1, options & 2, options & 4 ? 0.02 : 0),
+                devices(number++));
         }
       }
     }
@@ -231,10 +234,10 @@ void for_every_recipe(Visit visit) {
 
 CHECK(tokens_under_every_recipe) {
   Random random(21);
-  for_every_recipe([&](const LeewayRecipe& recipe) {
+  for_every_recipe([&](const LeewayRecipe& recipe, const std::vector<Device>& devices) {
     TokensOf<double> exact(random, {5, 0, 1, 9});
     TokensOf<float> rounded(random, {5, 0, 1, 9});
-    for (Device device : devices()) {
+    for (Device device : devices) {
       for (bool with_proximal : {true, false}) {
         compare(recipe, exact, with_proximal, terms(device, recipe, exact, with_proximal, false));
         compare(recipe, rounded, with_proximal, terms(device, recipe, rounded, with_proximal, false));
@@ -269,9 +272,9 @@ CHECK(ratios_at_the_bounds_are_not_clipped) {
 
 CHECK(nan_is_never_hidden) {
   Random random(24);
-  for_every_recipe([&](const LeewayRecipe& recipe) {
+  for_every_recipe([&](const LeewayRecipe& recipe, const std::vector<Device>& devices) {
     const Name name(recipe, true, sizeof(float));
-    for (Device device : devices()) {
+    for (Device device : devices) {
       TokensOf<float> tokens(random, {3});
       for (int64_t i = 0; i < 3; ++i) {
         tokens.mask[i] = tokens.omega[i] = tokens.advantage[i] = 1;
@@ -341,6 +344,28 @@ CHECK(terms_are_the_same_bits_however_they_are_computed) {
   }
 }
 
+// So long that a thread has many tokens, and that a block has more threads.
+CHECK(long_sequences_on_cuda_are_those_of_the_cpu) {
+  Random random(29);
+  if (devices().back() != Device::cuda) return;
+  for (const auto& lengths : {std::vector<int32_t>{700, 0, 3}, std::vector<int32_t>{3000, 1500}}) {
+    TokensOf<double> tokens(random, lengths);
+    for (int64_t i = 0; i < tokens.size; ++i) tokens.proximal[i] = tokens.logprob[i] + random.uniform(-0.05, 0.06);
+    const LeewayRecipe recipe = driver::recipe(LEEWAY_GSPO, LEEWAY_SEQUENCE_MASK, LEEWAY_K3, false, true, 0.02);
+    const TermsOf<double> cpu = terms(Device::cpu, recipe, tokens, true, false);
+    const TermsOf<double> cuda = terms(Device::cuda, recipe, tokens, true, false);
+    const auto near = [](const auto& a, const auto& b) {
+      for (size_t i = 0; i < a.size(); ++i) {
+        if (!(std::fabs(a[i] - b[i]) <= 1e-9 * std::fmax(1, std::fabs(b[i])))) return false;
+      }
+      return true;
+    };
+    REQUIRE(near(cuda.loss, cpu.loss) && near(cuda.ratio, cpu.ratio), "%d tokens", lengths[0]);
+    REQUIRE(near(cuda.coefficient, cpu.coefficient), "%d tokens", lengths[0]);
+    REQUIRE(near(cuda.health, cpu.health), "%d tokens", lengths[0]);
+  }
+}
+
 CHECK(terms_that_nobody_wants_are_not_written) {
   Random random(27);
   TokensOf<float> tokens(random, {10});
@@ -370,13 +395,17 @@ template <typename X, typename G>
 void compare_fused() {
   typedef typename RowsOf<X, G>::T T;
   Random random(28);
-  for_every_recipe([&](const LeewayRecipe& recipe) {
+  for_every_recipe([&](const LeewayRecipe& recipe, const std::vector<Device>& devices) {
     const bool sequence_level = recipe.surrogate >= LEEWAY_GSPO || recipe.correction >= LEEWAY_SEQUENCE;
     if (sequence_level || recipe.divergence_args[1] == 1) return;
-    RowsOf<X, G> rows(random, 4, 1 + random.below(1300));
+    RowsOf<X, G> rows(random, 4, 1 + random.below(1300), random.below(2));
     TokensOf<T> tokens(random, {4});
+    for (int64_t i = 0; i < 4; ++i) {
+      if (tokens.mask[i] == 0) rows.set(i, rows.vocab / 2, kNone);  // not to be read
+    }
     const LeewayTokens view = tokens.view(true, false);
-    for (Device device : devices()) {
+    const Name name(recipe, true, sizeof(X));
+    for (Device device : devices) {
       rows.poison();
       stats(device, rows.view());
       for (int64_t i = 0; i < 4; ++i) {
@@ -406,7 +435,6 @@ void compare_fused() {
       } else {
         finish(leeway_row_loss_cuda(&fused, &view, &recipe, nullptr));
       }
-      const Name name(recipe, true, sizeof(X));
       const bool exact = device == Device::cpu;
       const auto same = [&](double value, double staged, double tolerance) {
         return value == staged || (!exact && std::fabs(value - staged) <= tolerance);
@@ -422,6 +450,10 @@ void compare_fused() {
           REQUIRE(same(get(rows.grad_at(i, j)), staged, tolerance), "%s", name.text);
         }
       }
+      if (device == Device::cpu || sizeof(G) > sizeof(X)) continue;
+      const LeewayRows overlaid = rows.overlaid();
+      finish(leeway_row_loss_cuda(&overlaid, &view, &recipe, nullptr));
+      REQUIRE(rows.overlay_is(rows.grad), "%s", name.text);
     }
   });
 }
@@ -429,6 +461,7 @@ void compare_fused() {
 CHECK(rows_at_once_are_their_stages) {
   compare_fused<double, double>();
   compare_fused<float, float>();
+  compare_fused<float, Bf16>();
   compare_fused<Bf16, Bf16>();
   compare_fused<F16, float>();
 }

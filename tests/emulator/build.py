@@ -9,7 +9,7 @@ from pathlib import Path
 
 EMULATOR = Path(__file__).resolve().parent
 FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror"]
-EMULATED = ["-I", str(EMULATOR), "-Wno-unknown-pragmas"]
+EMULATED = ["-DLEEWAY_EMULATED", "-I", str(EMULATOR), "-Wno-unknown-pragmas"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
