@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 EMULATOR = Path(__file__).resolve().parent
-FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fopenmp-simd", "-Wall", "-Wextra", "-Werror"]
 EMULATED = ["-DLEEWAY_EMULATED", "-I", str(EMULATOR), "-Wno-unknown-pragmas"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
