@@ -104,8 +104,11 @@ def ppo(**fields) -> Case:
 
 def product_rows(case: Case, **options) -> tuple[int, int, int]:
     """How many rows passed the products for logits, hidden states' gradient and weight's gradient."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the profiler sees one thread
     with torch.profiler.profile(record_shapes=True) as profile:
         passed(case, **options)
+    torch.set_num_threads(num_threads)
     rows = [0, 0, 0]
     halves = 2  # of the vocabulary: each product comes in two panels
     for event in profile.events() or []:
