@@ -43,7 +43,7 @@ from engine.schema import (
 )
 from engine.scorer import Scorer
 from engine.stream import Link, Pump, Silence
-from engine.tokenizer import decode, from_files
+from engine.tokenizer import decode, from_files, token_ends
 from engine.weights import Staged, WeightsError, subscribe
 from rewards.verdict import Verdict
 
@@ -218,7 +218,17 @@ class Actor:
             versions=sampled.versions,
             loss_mask=np.ones(len(sampled.token_ids), np.uint8),
             kv_mixed=sampled.kv_mixed,
+            segment_ends=self._segment_ends(sampled, verdicts),
         )
+
+    def _segment_ends(self, sampled: Sampled, verdicts: list[Verdict]) -> list[list[int]]:
+        if not any(verdict.segments for verdict in verdicts):
+            return []
+        completions = np.split(sampled.token_ids, np.cumsum(sampled.lengths)[:-1])
+        return [
+            token_ends(self._tokenizer, token_ids, [segment.end for segment in verdict.segments])
+            for token_ids, verdict in zip(completions, verdicts, strict=True)
+        ]
 
     # ---- outgoing ----
 

@@ -38,7 +38,7 @@ CREATE TABLE IF NOT EXISTS groups (
     drawn REAL, leased REAL, arrived REAL, taken REAL, ended REAL);
 CREATE TABLE IF NOT EXISTS completions (
     group_id INTEGER, sample INTEGER, length INTEGER, finish TEXT, score REAL, solved INTEGER, error TEXT,
-    parts TEXT, evidence TEXT, PRIMARY KEY (group_id, sample)) WITHOUT ROWID;
+    parts TEXT, evidence TEXT, segments TEXT, costs TEXT, PRIMARY KEY (group_id, sample)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS takes (
     version INTEGER PRIMARY KEY, incarnation INTEGER, group_ids TEXT, filtered_ids TEXT, taken REAL);
 CREATE TABLE IF NOT EXISTS events (
@@ -54,7 +54,7 @@ ON CONFLICT (group_id) DO UPDATE SET state = 'leased', incarnation = ?4, attempt
     lease_version = ?7, leased = ?8"""
 ARRIVED = """
 UPDATE groups SET state = 'buffered', first_version = ?2, num_tokens = ?3, arrived = ?4 WHERE group_id = ?1"""
-COMPLETION = "INSERT OR REPLACE INTO completions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+COMPLETION = "INSERT OR REPLACE INTO completions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 RETURNED = "UPDATE groups SET state = 'pending', failures = ?2 WHERE group_id = ?1"
 TAKEN = "UPDATE groups SET state = 'taken', taken_version = ?2, taken = ?3 WHERE group_id = ?1"
 ENDED = "UPDATE groups SET state = ?2, reason = ?3, ended = ?4 WHERE group_id = ?1"
@@ -244,9 +244,8 @@ AUDIT = {
 
 def _completions(group: Group) -> Iterator[tuple[Any, ...]]:
     for sample, (length, finish, verdict) in enumerate(zip(group.lengths, group.finish, group.verdicts, strict=True)):
-        parts, evidence = _json(verdict.parts), _json(verdict.evidence)
-        judged = (verdict.score, verdict.solved, verdict.error, parts, evidence)
-        yield (group.group_id, sample, length, finish, *judged)
+        details = map(_json, (verdict.parts, verdict.evidence, verdict.segments, verdict.costs))
+        yield (group.group_id, sample, length, finish, verdict.score, verdict.solved, verdict.error, *details)
 
 
 def _json(value: Any) -> str:

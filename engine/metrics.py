@@ -4,9 +4,11 @@ A row of `metrics.jsonl` has `kind` (`step`, `evaluation` or `parity`), `step` a
 A row of kind `step` says how version `step` was made of the one before it:
 
 name                          unit       meaning
-reward                        score      mean raw score of the valid completions
+reward, reward/DOMAIN         score      mean raw score of the valid completions
 accuracy, accuracy/DOMAIN     share      of them that solved their task
 num_invalid                   count      completions beyond judgement: in no figure here but the lengths
+num_invalid/DOMAIN            count      of them those of one domain
+COST/DOMAIN                   -          what a judgement took on average, by the reward's name for it: judge_s
 length, length_max            tokens     mean and longest completion
 truncated                     share      completions cut off at the token limit
 staleness, staleness_max      versions   mean and largest age of a token: version trained at - version sampled by
@@ -63,6 +65,7 @@ import numpy as np
 
 from engine.config import Config, ConfigError
 from engine.schema import Evaluation, Group, State, Taken
+from rewards.verdict import Verdict
 
 IDLE = 0.15  # a side that waits for more than this share of the time is not the bottleneck
 WINDOW_S = 10.0  # several heartbeats: generators tell their counters with these only
@@ -80,14 +83,29 @@ def rollouts(taken: Taken, version: int) -> Record:
 
 
 def _judgements(groups: list[Group]) -> Record:
-    valid = [(group.domain, verdict) for group in groups for verdict in group.verdicts if not verdict.error]
-    domains = sorted({domain for domain, _ in valid})
-    return {
-        "reward": _mean([verdict.score for _, verdict in valid]),
-        "accuracy": _mean([verdict.solved for _, verdict in valid]),
-        **{f"accuracy/{name}": _mean([each.solved for domain, each in valid if domain == name]) for name in domains},
-        "num_invalid": sum(group.num_samples for group in groups) - len(valid),
+    verdicts: dict[str, list[Verdict]] = {}
+    for group in sorted(groups, key=lambda group: group.domain):
+        verdicts.setdefault(group.domain, []).extend(group.verdicts)
+    everywhere = _judged([each for judged in verdicts.values() for each in judged])
+    return everywhere | {
+        f"{name}/{domain}": value
+        for domain, judged in verdicts.items()
+        for name, value in (_judged(judged) | _costs(judged)).items()
     }
+
+
+def _judged(verdicts: list[Verdict]) -> Record:
+    valid = [verdict for verdict in verdicts if not verdict.error]
+    return {
+        "reward": _mean([verdict.score for verdict in valid]),
+        "accuracy": _mean([verdict.solved for verdict in valid]),
+        "num_invalid": len(verdicts) - len(valid),
+    }
+
+
+def _costs(verdicts: list[Verdict]) -> Record:
+    names = sorted({name for verdict in verdicts for name in verdict.costs})
+    return {name: _mean([verdict.costs[name] for verdict in verdicts if name in verdict.costs]) for name in names}
 
 
 def _lengths(groups: list[Group]) -> Record:

@@ -12,7 +12,7 @@ import numpy as np
 
 from rewards.verdict import Verdict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DTYPES = frozenset({"<i4", "<i8", "<f4", "<f8", "|u1", "|b1"})  # what an array on the wire may be
 
 Kind = Literal["train", "eval", "probe"]
@@ -61,7 +61,8 @@ class Group(msgspec.Struct, frozen=True):
 
     token_ids int32 [T]; logprobs float32 [T], log softmax(logits / temperature) of each sampled token under the
     weights that sampled it; versions int32 [T], that weight version; loss_mask uint8 [T], 0 for tokens that the
-    policy did not choose (observations); T = sum(lengths).
+    policy did not choose (observations); T = sum(lengths). Where verdicts have segments, segment_ends[i][k] counts the
+    tokens of sample i up to and with its segment k; the last segment ends with the completion.
     """
 
     kind: Kind
@@ -81,6 +82,7 @@ class Group(msgspec.Struct, frozen=True):
     versions: np.ndarray
     loss_mask: np.ndarray
     kv_mixed: bool = False  # the KV cache held entries of an older version while tokens were sampled
+    segment_ends: list[list[int]] = []  # one list a sample, or none at all
 
     @property
     def num_samples(self) -> int:

@@ -45,6 +45,9 @@ class Task(msgspec.Struct):
             return f"{sorted(samples)} samples instead of {self.num_samples}"
         if tokens != {sum(group.lengths)}:
             return f"{sorted(tokens)} tokens instead of {sum(group.lengths)}"
+        segments = [len(verdict.segments) for verdict in group.verdicts]
+        if any(segments) and segments != [len(ends) for ends in group.segment_ends]:
+            return f"{segments} judged segments, ends of {[len(ends) for ends in group.segment_ends]}"
         if len(group.versions) and not self.version <= group.versions.min() <= group.versions.max() <= newest_version:
             span = f"{group.versions.min()} to {group.versions.max()}"
             return f"tokens of versions {span}, leased at {self.version} with {newest_version} published"

@@ -5,6 +5,7 @@ transformers is imported inside the functions: it takes seconds, and most who im
 
 import re
 import tempfile
+from bisect import bisect_left
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,3 +125,15 @@ def decode(tokenizer: "PreTrainedTokenizerBase", token_ids: np.ndarray | list[in
     ids = token_ids.tolist() if isinstance(token_ids, np.ndarray) else token_ids
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)  # without transformers' own 30 us a call
     return str(backend.decode(ids, skip_special_tokens=True))
+
+
+def token_ends(tokenizer: "PreTrainedTokenizerBase", token_ids: np.ndarray, ends: list[int]) -> list[int]:
+    """How many of a completion's tokens reach each of `ends`, given in characters of their text; all of them, special
+    tokens included, for the end of the text."""
+    length = len(decode(tokenizer, token_ids))
+    return [
+        len(token_ids)
+        if end >= length
+        else bisect_left(range(len(token_ids)), end, key=lambda count: len(decode(tokenizer, token_ids[:count])))
+        for end in ends
+    ]

@@ -10,36 +10,67 @@ from typing import Any
 
 from rewards.verdict import Verdict
 
-Reward = Callable[..., float | bool | Verdict]
+Reward = Callable[..., Any]  # -> float | bool | Verdict, or an awaitable of one
 
 TABLE = {
     "exact": "rewards.exact:exact",
     "format": "rewards.format:matches",
     "math": "rewards.math:equals",
     "reasoning_gym": "rewards.logic:task_score",
+    "sum": "rewards.terms:weighted_sum",
 }
 
 
 def resolve(name: str, options: dict[str, Any]) -> Reward:
     """The reward `name` with `options` bound, to be called as (prompt, completion, answer, **fields).
 
-    Raises `ValueError` for an unknown name, and for an option that is no keyword-only parameter of the reward.
+    What takes keyword-only parameters alone, a class for instance, makes a reward: it is called here, once, with the
+    options. Raises `ValueError` for an unknown name, and for an option that is no keyword-only parameter.
     """
     if name not in TABLE and ":" not in name:
         raise ValueError(f"unknown reward {name!r}: allowed are {', '.join(TABLE)} or a path package.module:name")
     function = load(TABLE.get(name, name))
     parameters = inspect.signature(function).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        raise ValueError(f"reward {name} must take all fields: (prompt, completion, answer, **fields)")
     allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    makes = len(allowed) == len(parameters)
+    if not makes:
+        _check_takes_fields(name, function)
     for option in options:
         if option not in allowed:
             raise ValueError(f"reward {name} has no option {option!r}: allowed are {', '.join(allowed) or 'none'}")
+    return _make(name, function, options) if makes else _bind(function, options)
+
+
+def waits(reward: Reward) -> bool:
+    """Whether `reward` is asynchronous: it waits, for the network say, and needs no processor of its own meanwhile."""
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+
+
+def _make(name: str, maker: Callable[..., Any], options: dict[str, Any]) -> Reward:
+    try:
+        reward = maker(**options)
+    except TypeError as error:
+        raise ValueError(f"reward {name}: {error}") from error
+    _check_takes_fields(name, reward)
+    return reward
+
+
+def _bind(function: Callable[..., Any], options: dict[str, Any]) -> Reward:
+    """An option wins over a field of the same name."""
 
     def reward(prompt: str, completion: str, answer: str, **fields: Any) -> float | bool | Verdict:
         return function(prompt, completion, answer, **{**fields, **options})
 
-    return reward
+    async def waiting(prompt: str, completion: str, answer: str, **fields: Any) -> float | bool | Verdict:
+        return await function(prompt, completion, answer, **{**fields, **options})
+
+    return waiting if inspect.iscoroutinefunction(function) else reward
+
+
+def _check_takes_fields(name: str, reward: Callable[..., Any]) -> None:
+    parameters = inspect.signature(reward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        raise ValueError(f"reward {name} must take all fields: (prompt, completion, answer, **fields)")
 
 
 def load(path: str) -> Callable[..., Any]:

@@ -3,12 +3,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fake_run
+import msgspec
 import pytest
 
 from engine import ledger as module
 from engine.config import ConfigError
 from engine.ledger import Ledger, check_filesystem, filesystem
 from engine.schema import Lease, Sampling
+from rewards.verdict import Segment, Verdict
 
 MOUNTS = """/dev/sda1 / ext4 rw,relatime 0 0
 server:/home /home nfs4 rw,vers=4.2 0 0
@@ -44,6 +46,16 @@ def test_a_life(ledger: Ledger, tmp_path: Path) -> None:
     assert reader.execute("SELECT event, generator, detail FROM events").fetchall() == [("returned", "g", "silent")]
     assert ledger.audit() == []
     assert ledger.counts() == {"trained": 1, "filtered": 0, "failed": 0, "expired": 0, "in_flight": 0, "drawn": 1}
+
+
+def test_all_of_a_verdict_is_kept(ledger: Ledger, tmp_path: Path) -> None:
+    verdict = Verdict(0.5, False, {"math": 0.5}, {"parsed": "7"}, "", [Segment(3, 0.25)], {"judge_s": 1.5})
+    group = fake_run.result(lease(0))
+    ledger.leased(lease(0), "g")
+    ledger.arrived(msgspec.structs.replace(group, verdicts=[verdict] * group.num_samples))
+    query = "SELECT parts, evidence, segments, costs FROM completions WHERE sample = 0"
+    kept = sqlite3.connect(tmp_path / "ledger.db").execute(query).fetchone()
+    assert kept == ('{"math":0.5}', '{"parsed":"7"}', "[[3,0.25]]", '{"judge_s":1.5}')
 
 
 def test_a_transaction_is_whole_or_not_there(ledger: Ledger) -> None:

@@ -96,10 +96,19 @@ def test_judgements_leave_out_the_invalid_and_are_split_by_domain() -> None:
     assert figures["reward"] == pytest.approx((1.0 + 0.5 + 0.5) / 3)
     assert figures["accuracy"] == pytest.approx(1 / 3)
     assert (figures["accuracy/sum"], figures["accuracy/reverse"]) == (0.5, 0.0)
+    assert (figures["reward/sum"], figures["reward/reverse"]) == (0.75, 0.5)
+    assert (figures["num_invalid/sum"], figures["num_invalid/reverse"]) == (0, 1)
     assert (figures["num_invalid"], figures["truncated"], figures["kv_mixed"]) == (1, 0.25, 0.5)
     assert (figures["length"], figures["length_max"]) == (1.75, 3)
     assert (figures["queue_s"], figures["queue_s_max"]) == (1.0, 1.5)
     assert (figures["buffered_groups"], figures["leased_groups"], figures["generators"]) == (3, 5, 1)
+
+
+def test_costs_are_averaged_over_the_verdicts_that_tell_them_also_failed_ones() -> None:
+    dear = Verdict(1.0, True, costs={"judge_s": 3.0, "judge_tokens": 10.0})
+    failed = Verdict(0.0, False, error="no score", costs={"judge_s": 1.0})
+    figures = rollouts(taken([group("proofs", [dear, failed, RIGHT], [[0]] * 3)], [0]), version=0)
+    assert (figures["judge_s/proofs"], figures["judge_tokens/proofs"]) == (2.0, 10.0)
 
 
 def test_take_in_which_all_is_invalid_has_figures_too() -> None:

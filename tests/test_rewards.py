@@ -1,9 +1,10 @@
+import asyncio
 import re
 
 import pytest
 
-from rewards.table import load, resolve
-from rewards.verdict import Verdict, brief
+from rewards.table import load, resolve, waits
+from rewards.verdict import Segment, Verdict, brief
 
 CHAIN = {"task": "chain_sum", "options": {"seed": 5, "size": 10, "min_terms": 2, "max_terms": 2}, "index": 3}
 
@@ -14,6 +15,26 @@ def tolerant(prompt, completion, answer, *, tolerance=0.0, **fields):
 
 def forgetful(prompt, completion, answer):
     return 1.0
+
+
+async def asked(prompt, completion, answer, *, score=1.0, **fields):
+    await asyncio.sleep(0)
+    return Verdict(score, False, segments=[Segment(2, score)], costs={"asked": 1.0})
+
+
+class Counting:
+    """A reward made once, that remembers."""
+
+    def __init__(self, *, start=0):
+        self.count = start
+
+    def __call__(self, prompt, completion, answer, **fields):
+        self.count += 1
+        return float(self.count)
+
+
+def lost(prompt, completion, answer, **fields):
+    return Verdict.failed("the judge gave no score", {"answer": "hm"})
 
 
 def test_exact_ignores_white_space_around_only():
@@ -82,7 +103,7 @@ def test_an_option_wins_over_a_field_of_the_same_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("exakt", {}, "allowed are exact, format, math, reasoning_gym"),
+        ("exakt", {}, "allowed are exact, format, math, reasoning_gym, sum"),
         ("exact", {"strip": True}, "no option 'strip': allowed are none"),
         ("format", {"patern": "x"}, "no option 'patern': allowed are pattern"),
         ("nowhere.at_all:reward", {}, "cannot import"),
@@ -108,3 +129,76 @@ def test_numbers_become_verdicts():
 def test_brief_keeps_the_ledger_small():
     assert brief("x" * 80) == "x" * 80
     assert brief("x" * 81) == "x" * 79 + "…"
+
+
+# ---- composition -----------------------------------------------------------------------------------------------
+
+
+def term(reward, weight=1.0, **more):
+    path = reward if reward in ("exact", "format") else f"{__name__}:{reward}"
+    return {"reward": path, "weight": weight, **more}
+
+
+BOXED = term("format", 0.25, options={"pattern": r"\[.*\]"})
+
+
+def test_a_sum_weighs_its_terms_and_keeps_their_parts_and_evidence():
+    reward = resolve("sum", {"terms": [term("exact"), BOXED]})
+    verdict = reward("", "[4]", "[4]")
+    assert (verdict.score, verdict.solved) == (1.25, True)
+    assert verdict.parts == {"exact": 1.0, "format": 0.25}
+    assert verdict.evidence == {"exact: parsed": "[4]", "exact: expected": "[4]", "format: parsed": "[4]"}
+    assert reward("", "[5]", "[4]").parts == {"exact": 0.0, "format": 0.25}
+
+
+def test_the_first_term_or_all_say_what_is_solved():
+    first, every = (resolve("sum", {"terms": [term("exact"), BOXED], "solved": solved}) for solved in ("first", "all"))
+    assert first("", "4", "4").solved and not every("", "4", "4").solved
+    assert every("", "[4]", "[4]").solved and not first("", "[5]", "[4]").solved
+
+
+def test_a_term_without_a_verdict_leaves_the_sum_without_one():
+    verdict = resolve("sum", {"terms": [term("exact"), term("lost")]})("", "4", "4")
+    assert verdict.error == f"{__name__}:lost: the judge gave no score"
+    assert verdict.evidence[f"{__name__}:lost: answer"] == "hm"
+
+
+def test_a_sum_waits_where_a_term_waits():
+    reward = resolve("sum", {"terms": [term("exact"), term("asked", 2.0, options={"score": 0.5}, name="judge")]})
+    assert waits(reward) and not waits(resolve("sum", {"terms": [term("exact")]}))
+    verdict = asyncio.run(reward("", "4", "4"))
+    assert (verdict.score, verdict.solved, verdict.parts) == (2.0, True, {"exact": 1.0, "judge": 1.0})
+    assert verdict.segments == [Segment(2, 1.0)] and verdict.costs == {"asked": 1.0}
+
+
+def test_the_same_reward_twice_needs_two_names():
+    with pytest.raises(ValueError, match="no name twice; there are exact"):
+        resolve("sum", {"terms": [term("exact"), term("exact")]})
+    reward = resolve("sum", {"terms": [term("exact"), term("exact", 2.0, name="again")]})
+    assert reward("", "4", "4").parts == {"exact": 1.0, "again": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "missing 1 required keyword-only argument: 'terms'"),
+        ({"terms": []}, "at least one is needed"),
+        ({"terms": [{"reward": "exakt"}]}, "unknown reward 'exakt'"),
+        ({"terms": [{"reward": "exact", "wieght": 2}]}, "unknown field `wieght`"),
+        ({"terms": [{"reward": "exact", "options": {"strip": 1}}]}, "no option 'strip'"),
+        ({"terms": [{"reward": "exact"}], "solved": "last"}, "allowed are first, all"),
+    ],
+)
+def test_a_sum_is_checked_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve("sum", options)
+
+
+def test_what_takes_options_alone_makes_a_reward_once():
+    reward = resolve(f"{__name__}:Counting", {"start": 3})
+    assert (reward("", "", ""), reward("", "", "")) == (4.0, 5.0)
+
+
+def test_an_asynchronous_reward_takes_its_options():
+    reward = resolve(f"{__name__}:asked", {"score": 0.25})
+    assert waits(reward) and asyncio.run(reward("", "", "", score=1.0)).score == 0.25
