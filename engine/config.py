@@ -1,6 +1,7 @@
 """The configuration: one TOML file, frozen structs, every error one line that names the field.
 
-A file may say `extends = "base.toml"` (relative to itself); tables merge key by key, lists and slots are replaced.
+A file may say `extends = "base.toml"`, or name several, each laid over the one before it (paths relative to the file);
+tables merge key by key, lists and slots are replaced.
 `--a.b=c` on the command line overrides after that; the value is read as TOML and, where that fails, as a string.
 """
 
@@ -233,10 +234,14 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} is no TOML: {error}") from error
-    base = table.pop("extends", None)
-    if not isinstance(base, str | None):
-        raise ConfigError(f"extends = {base!r}: must be the path of a TOML file")
-    return table if base is None else merge(read(path.parent / base, (*seen, path)), table)
+    bases = table.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"extends = {bases!r}: must be the path of a TOML file, or a list of them")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, read(path.parent / base, (*seen, path)))
+    return merge(merged, table)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], inside: str = "") -> dict[str, Any]:

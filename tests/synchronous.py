@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine import tokenizer as tokenizers
 from engine.algorithms.method import compose
@@ -18,9 +18,11 @@ from engine.generators.table import GENERATORS
 from engine.learner import Learner
 from engine.model import build, describe
 from engine.packer import pack
+from engine.process import StopSignal
 from engine.prompts import Prompts
 from engine.schema import Group, Lease, Prompt, Sampling
 from engine.scores import shape_by
+from engine.warm_start import warm_start
 from rewards.table import Reward, resolve
 from rewards.verdict import Verdict
 
@@ -29,18 +31,12 @@ def train(config: Config, directory: Path) -> dict[str, torch.Tensor]:
     """The weights after `run.steps` steps, by name."""
     tokenizer = tokenizers.load(config.model)
     prompts = Prompts(config, tokenizer)
-    policy = build(
-        config.model,
-        vocab_size=len(tokenizer),
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        seed=config.run.seed,
-    )
-    files = {**tokenizers.files(tokenizer), **describe(policy)}
+    model = policy(config)
+    files = {**tokenizers.files(tokenizer), **describe(model)}
     generator = GENERATORS[config.generator.engine](config, files, tokenizer)
     method, shape = compose(config.algorithm), shape_by(config.algorithm)
     rewards = {domain.name: resolve(domain.reward, domain.reward_options) for domain in config.domains}
-    learner = Learner(config, policy, method, device="cpu", directory=directory)
+    learner = Learner(config, model, method, device="cpu", directory=directory)
     number = 0
     for version in range(config.run.steps):
         generator.load(version, {name: tensor.clone() for name, tensor in learner.weights()})
@@ -68,6 +64,21 @@ def train(config: Config, directory: Path) -> dict[str, torch.Tensor]:
             )
         )
     return {name: tensor.clone() for name, tensor in learner.weights()}
+
+
+def policy(config: Config) -> PreTrainedModel:
+    """The model that training begins with."""
+    tokenizer = tokenizers.load(config.model)
+    model = build(
+        config.model,
+        vocab_size=len(tokenizer),
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        seed=config.run.seed,
+    )
+    if config.warm_start.steps:
+        warm_start(config, model, tokenizer, StopSignal(config.deadlines.stop_s), [].append)
+    return model
 
 
 def lease(config: Config, number: int, version: int, prompt: Prompt) -> Lease:

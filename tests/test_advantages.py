@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from engine.algorithms.advantages import ADVANTAGES, group_mean, group_norm, leave_one_out, none
+from engine.algorithms.advantages import (
+    ADVANTAGES,
+    batch_norm,
+    group_mean,
+    group_mean_batch_norm,
+    group_norm,
+    leave_one_out,
+    none,
+)
 
 REWARDS = torch.tensor([1.0, 4.0, 0.0, 8.0, 2.0], dtype=torch.float64)
 GROUP = torch.tensor([0, 1, 0, 1, 0])  # rewards 1, 0, 2 and 4, 8
@@ -37,6 +45,16 @@ def test_group_norm_adds_eps_to_the_deviation():
 
 def test_leave_one_out_is_the_distance_from_the_mean_of_the_others():
     close(leave_one_out(REWARDS, GROUP), [1 - 2 / 2, 4 - 8.0, 0 - 3 / 2, 8 - 4.0, 2 - 1 / 2])
+
+
+def test_batch_norm_is_over_all_groups():
+    deviation = 8**0.5  # 1, 4, 0, 8, 2: mean 3, squares 4 + 1 + 9 + 25 + 1 = 40 of 5
+    close(batch_norm(REWARDS, GROUP, eps=1e-12), [x / deviation for x in (-2.0, 1.0, -3.0, 5.0, -1.0)])
+
+
+def test_group_mean_batch_norm_takes_the_groups_mean_first():
+    deviation = 2**0.5  # 0, -2, -1, 2, 1: squares 10 of 5
+    close(group_mean_batch_norm(REWARDS, GROUP, eps=1e-12), [x / deviation for x in (0.0, -2.0, -1.0, 2.0, 1.0)])
 
 
 @pytest.mark.parametrize("name", ["group_mean", "group_norm", "leave_one_out"])

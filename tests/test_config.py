@@ -5,7 +5,7 @@ import pytest
 
 from engine.config import ConfigError, load, merge, to_toml
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.toml"))  # those of tiny/: test_recipes
 
 MINIMAL = """
 [run]
@@ -144,7 +144,17 @@ def test_extends_in_a_circle_or_of_a_missing_file(tmp_path):
     write(tmp_path, "a.toml", 'extends = "b.toml"')
     assert "extends itself" in message(write(tmp_path, "b.toml", 'extends = "a.toml"'))
     assert "cannot read" in message(write(tmp_path, "c.toml", 'extends = "none.toml"'))
-    assert message(write(tmp_path, "d.toml", "extends = 3")) == "extends = 3: must be the path of a TOML file"
+    assert message(write(tmp_path, "d.toml", "extends = 3")) == (
+        "extends = 3: must be the path of a TOML file, or a list of them"
+    )
+
+
+def test_extends_several_the_later_over_the_earlier(minimal):
+    write(minimal.parent, "method.toml", 'extends = "minimal.toml"\n[run]\nsteps = 20\ngroup_size = 64\n')
+    write(minimal.parent, "size.toml", "[run]\ngroup_size = 2\nseed = 3\n")
+    config = load(write(minimal.parent, "both.toml", 'extends = ["method.toml", "size.toml"]\n[run]\nseed = 7\n'))
+    assert (config.run.steps, config.run.group_size, config.run.seed) == (20, 2, 7)
+    assert "extends = ['a', 1]" in message(write(minimal.parent, "mixed.toml", 'extends = ["a", 1]'))
 
 
 def test_merge_leaves_its_arguments_alone():

@@ -50,9 +50,34 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
     return centred * groups.spread(count / (count - 1).clamp(min=1))
 
 
+def batch_norm(rewards: Tensor, group: Tensor, *, eps: Positive = 1e-6) -> Tensor:
+    """A = (r - mean) / (std + eps), mean and standard deviation (the population's) of all completions of the take.
+
+    No group decides alone how loud it is. REINFORCE++, arXiv:2501.03262.
+    """
+    return _normalised(rewards, eps)
+
+
+def group_mean_batch_norm(rewards: Tensor, group: Tensor, *, eps: Positive = 1e-6) -> Tensor:
+    """`batch_norm` of r - mean of the group. REINFORCE++ with the group's mean as baseline, arXiv:2501.03262."""
+    return _normalised(group_mean(rewards, group), eps)
+
+
+def _normalised(values: Tensor, eps: float) -> Tensor:
+    centred = values - values.mean()
+    return centred / (centred.square().mean().sqrt() + eps)
+
+
 def _segments(rewards: Tensor, group: Tensor) -> Segments:
     num_groups = int(group.max()) + 1 if len(group) else 0
     return Segments(group, torch.ones_like(rewards), num_groups)
 
 
-ADVANTAGES = {"none": none, "group_mean": group_mean, "group_norm": group_norm, "leave_one_out": leave_one_out}
+ADVANTAGES = {
+    "none": none,
+    "group_mean": group_mean,
+    "group_norm": group_norm,
+    "leave_one_out": leave_one_out,
+    "batch_norm": batch_norm,
+    "group_mean_batch_norm": group_mean_batch_norm,
+}
