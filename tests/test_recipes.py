@@ -49,8 +49,8 @@ def test_a_recipe_is_checked_and_tells_its_plan(name, tmp_path, monkeypatch, cap
     write_inputs(config)
     assert launch.main([str(CONFIGS / f"{name}.toml"), "--dry-run"]) == 0, capsys.readouterr().err
     plan = capsys.readouterr().out
-    run = config.run
-    assert f"{run.groups_per_step} groups x {run.group_size} = {run.groups_per_step * run.group_size} completions" in plan
+    num_groups, size = config.run.groups_per_step, config.run.group_size
+    assert f"{num_groups} groups x {size} = {num_groups * size} completions" in plan
     assert f"{config.learner.updates_per_step} update(s)" in plan
 
 
