@@ -30,10 +30,11 @@ Tensor aligned_rows(int64_t rows, int64_t columns, const at::TensorOptions& opti
   return at::empty_strided({rows, columns}, {stride, 1}, options);
 }
 
-// How many rows of `bytes` bytes fit into `memory`, at least one; whole tiles of the matrix products where possible.
+// How many rows of `bytes` bytes fit into `memory`, at least one; whole tiles of the matrix products where they are many.
 int64_t rows_within(int64_t memory, int64_t bytes) {
   const int64_t rows = std::max<int64_t>(1, memory / bytes);
-  return rows < 64 ? rows : rows / 64 * 64;
+  const int64_t tile = rows < 64 ? 1 : rows < 1024 ? 8 : 256;
+  return rows / tile * tile;
 }
 
 // Some of N rows, in order; all of them without an index.

@@ -14,9 +14,11 @@ namespace leeway::bind {
 
 namespace {
 
-// Elements of a panel of the weight: 4 MB in float32, so that a thread's converted panel stays in its cache.
+// Elements of a panel of the weight that gives logits: 4 MB in float32, which stays in a thread's cache while converted
+// and multiplied.
 constexpr int64_t PANEL = 1 << 20;
-// Rows of the weight that one thread multiplies for the hidden states' gradient, in a sum of its own.
+// Rows of the weight that a thread takes at a time for the gradients: products with fewer are slower. The hidden
+// states' gradient has a sum for each such part.
 constexpr int64_t PART = 1 << 14;
 
 // [0, size) in panels, two at least: in a lone one the BLAS would use threads of its own and sum in an order that
@@ -91,7 +93,7 @@ void weight_product(const Tensor& grad, const Tensor& hidden, Tensor sum, bool f
     }
     return;
   }
-  Panels(sum.size(0), panel_rows(sum)).for_each([&](int64_t, int64_t begin, int64_t length) {
+  Panels(sum.size(0), PART).for_each([&](int64_t, int64_t begin, int64_t length) {
     Tensor out = sum.narrow(0, begin, length);
     at::addmm_out(out, out, grad.narrow(1, begin, length).t(), hidden, first ? 0 : 1);
   });
