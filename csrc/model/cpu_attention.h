@@ -246,6 +246,46 @@ void attention_grad(const LeewayAttention& attention, const LeewayAttentionGrad&
   for (int64_t pair = begin; pair < end; ++pair) attend_part_grad(Part<T>(attention, pair), grad);
 }
 
+// The numbers 0 to lanes - 1 as a list of a template's arguments.
+template <int... l>
+struct Lanes {};
+template <int n, int... l>
+struct LanesTo : LanesTo<n - 1, n - 1, l...> {};
+template <int... l>
+struct LanesTo<0, l...> {
+  typedef Lanes<l...> type;
+};
+
+// Lane l is a[l] + a[l ^ width] where bit `width` of l is 0, else the same of b.
+template <int width, typename T, int... l>
+LEEWAY_INLINE V<T> join(V<T> a, V<T> b, Lanes<l...>) {
+  constexpr int second = sizeof...(l);
+  typedef decltype(a < b) Numbers;
+  return __builtin_shuffle(a, b, Numbers{(l & width ? second + l : l)...}) +
+         __builtin_shuffle(a, b, Numbers{(l & width ? second : 0) + (l ^ width)...});
+}
+
+// The sums of `lanes` vectors, as one vector.
+template <int width, typename T>
+LEEWAY_INLINE V<T> sums(V<T>* x) {
+  for (int i = 0; i < width; ++i) x[i] = join<width, T>(x[i], x[i + width], typename LanesTo<lanes<T>>::type{});
+  if constexpr (width > 1) return sums<width / 2, T>(x);
+  return x[0];
+}
+
+// q k of keys first, first + 1, ...: rows of `dim` numbers, of which there are `num`; any value for keys beyond.
+template <typename T>
+LEEWAY_INLINE V<T> dots(const T* query, const T* keys, int64_t dim, int64_t first, int64_t num) {
+  V<T> products[lanes<T>] = {};
+  const T* rows[lanes<T>];
+  for (int i = 0; i < lanes<T>; ++i) rows[i] = keys + (first + i < num ? first + i : num - 1) * dim;
+  by_vector<T>(dim, [&](int64_t d, int64_t count) __attribute__((always_inline)) {
+    const V<T> q = load_part(query + d, count);
+    for (int i = 0; i < lanes<T>; ++i) products[i] += q * load_part(rows[i] + d, count);
+  });
+  return sums<lanes<T> / 2, T>(products);
+}
+
 template <typename T>
 void decode(const LeewayDecode& decode, int64_t begin, int64_t end) {
   const int64_t repeat = decode.heads / decode.kv_heads, dim = decode.dim, wide = padded<T>(dim);
@@ -263,13 +303,8 @@ void decode(const LeewayDecode& decode, int64_t begin, int64_t end) {
       const T* value = static_cast<const T*>(decode.value) + n * decode.value_stride + head * dim;
       memcpy(keys + (visible - 1) * dim, key, dim * sizeof(T));
       memcpy(values + (visible - 1) * dim, value, dim * sizeof(T));
-      for (int64_t j = 0; j < visible; ++j) {
-        for (int64_t i = 0; i < repeat; ++i) {
-          T dot = 0;
-#pragma omp simd reduction(+ : dot)
-          for (int64_t d = 0; d < dim; ++d) dot += query[i * dim + d] * keys[j * dim + d];
-          scores[i * capacity + j] = dot;
-        }
+      for (int64_t j = 0; j < visible; j += lanes<T>) {
+        for (int64_t i = 0; i < repeat; ++i) store(scores + i * capacity + j, dots(query + i * dim, keys, dim, j, visible));
       }
       if (wide != dim) pack(values, dim, visible, dim, padded_values, wide);
       const T* rows = wide == dim ? values : padded_values;
