@@ -138,6 +138,18 @@ CHECK(packing_many_bytes_goes_past_the_caches) {
   std::copy(places, places + 3, starts.begin());
   LeewayMove move{packed(bounds), starts.data(), size, nullptr, 1, {{from.data(), to.data(), 8, 0}}};
   for (int64_t begin = 0; begin < size; begin += 100003) leeway_pack_cpu(&move, begin, std::min(size, begin + 100003));
+  Array<int64_t> order(3);
+  const int64_t places_in_order[] = {2, 1, 0};
+  std::copy(places_in_order, places_in_order + 3, order.begin());
+  const int64_t room = size + 50001;
+  Array<uint64_t> back(room);
+  for (int64_t& start : starts) start += start > 400000 ? 50000 : 1;
+  const LeewayMove again{packed(bounds), starts.data(), room, order.data(), 1, {{to.data(), back.data(), 8, 7}}};
+  for (int64_t begin = 0; begin < room; begin += 100003) leeway_unpack_cpu(&again, begin, std::min(room, begin + 100003));
+  for (int64_t t = 0; t < room; ++t) {
+    const uint64_t expected = t < 1 ? 7 : t <= 400000 ? uint64_t(t - 1) : t < 450001 ? 7 : uint64_t(t - 50000);
+    REQUIRE(back[t] == expected, "position %lld", (long long)t);
+  }
   for (int i = 0; i < 3; ++i) {
     for (int64_t t = ends[i]; t < ends[i + 1]; ++t) {
       REQUIRE(to[t] == uint64_t(places[i] + t - ends[i]), "token %lld", (long long)t);
