@@ -10,11 +10,8 @@ ROOT = DRIVER.parents[1]
 
 
 @functools.cache
-def driver(*, emulated: bool = False) -> Path:
+def driver() -> Path:
     """The program of all checks in this folder, for the kernels of the CPU and, emulated, for those of CUDA."""
-    sources = [*DRIVER.glob("*.cpp"), *ROOT.glob("csrc/*/cpu*.cpp")]
-    flags = SANITIZERS["address"]
-    if emulated:
-        sources += [*ROOT.glob("csrc/*/cuda/*.cu"), EMULATOR / "emulator.cpp"]
-        flags = [*flags, *EMULATED, "-DLEEWAY_CUDA"]
-    return program(sources, flags)
+    checks = [*DRIVER.glob("*.cpp"), *ROOT.glob("csrc/*/cpu*.cpp")]
+    kernels = [*ROOT.glob("csrc/*/cuda/*.cu"), EMULATOR / "emulator.cpp"]
+    return program([*checks, *kernels], [*SANITIZERS["address"], *EMULATED, "-DLEEWAY_CUDA"])

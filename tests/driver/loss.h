@@ -41,8 +41,7 @@ void put(double x, X& to) {
   leeway::from_float(float(x), to);
 }
 
-// Rows with gaps between them, beginning anywhere: N rows of logits X, gradients G. `aligned`: where vectors of 16 bytes
-// could.
+// Rows with gaps between them, beginning anywhere: N rows of logits X, gradients G. `aligned`: for vectors of 16 bytes.
 template <typename X, typename G>
 class RowsOf {
  public:

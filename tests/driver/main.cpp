@@ -29,19 +29,19 @@ void print_isas() {
 
 bool add(const char* name, void (*check)()) { return checks().emplace(name, check).second; }
 
-const std::vector<Device>& devices() {
+const std::vector<Device> kCpu = {Device::cpu};
 #ifdef LEEWAY_CUDA
-  static const std::vector<Device> devices = {Device::cpu, Device::cuda};
+const std::vector<Device> kAll = {Device::cpu, Device::cuda};
 #else
-  static const std::vector<Device> devices = {Device::cpu};
+const std::vector<Device> kAll = kCpu;
 #endif
-  return devices;
-}
+bool only_cpu = false;
+
+const std::vector<Device>& devices() { return only_cpu ? kCpu : kAll; }
 
 const std::vector<Device>& devices([[maybe_unused]] int number) {
 #ifdef LEEWAY_EMULATED
-  static const std::vector<Device> cpu = {Device::cpu};
-  if (number % 7 != 0) return cpu;
+  if (number % 7 != 0) return kCpu;
 #endif
   return devices();
 }
@@ -96,9 +96,11 @@ int main(int count, char** arguments) {
     driver::print_isas();
     return 0;
   }
+  driver::only_cpu = count > 1 && strcmp(arguments[1], "--cpu") == 0;
+  const int first = driver::only_cpu ? 2 : 1;
   std::map<std::string, void (*)()> wanted;
-  for (int i = 1; i < count; ++i) wanted[arguments[i]] = driver::checks().at(arguments[i]);
-  for (const auto& [name, check] : count == 1 ? driver::checks() : wanted) {
+  for (int i = first; i < count; ++i) wanted[arguments[i]] = driver::checks().at(arguments[i]);
+  for (const auto& [name, check] : first >= count ? driver::checks() : wanted) {
     puts(name.c_str());
     fflush(stdout);
     check();
