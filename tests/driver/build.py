@@ -12,6 +12,6 @@ ROOT = DRIVER.parents[1]
 @functools.cache
 def driver() -> Path:
     """The program of all checks in this folder, for the kernels of the CPU and, emulated, for those of CUDA."""
-    checks = [*DRIVER.glob("*.cpp"), *ROOT.glob("csrc/*/cpu*.cpp")]
+    checks = [*DRIVER.glob("*.c*"), *ROOT.glob("csrc/*/cpu*.cpp")]
     kernels = [*ROOT.glob("csrc/*/cuda/*.cu"), EMULATOR / "emulator.cpp"]
     return program([*checks, *kernels], [*SANITIZERS["address"], *EMULATED, "-DLEEWAY_CUDA"])
