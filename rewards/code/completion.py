@@ -1,0 +1,21 @@
+"""The program in a completion."""
+
+import re
+
+FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+TAGS = {"python": ("python", "python3", "py"), "cpp": ("cpp", "c++", "cc", "cxx")}
+
+
+def program(completion: str, language: str) -> str:
+    """The last fenced block in `language`, else the last without one, after the last `</think>`; without any fence all
+    of that text. Empty where there is only code of other languages, or thinking that never ends."""
+    thought, _, rest = completion.rpartition("</think>")
+    if not thought and "<think>" in rest:
+        return ""
+    blocks = [(tag.lower(), code) for tag, code in FENCE.findall(rest)]
+    if not blocks:
+        return "" if "```" in rest else rest
+    for tags in (TAGS[language], ("",)):
+        if found := [code for tag, code in blocks if tag in tags]:
+            return found[-1]
+    return ""

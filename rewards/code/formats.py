@@ -1,0 +1,112 @@
+"""The tests of a problem, from the columns that the usual data sets have.
+
+| data set | columns |
+|---|---|
+| APPS, TACO | `input_output`: JSON with `inputs`, `outputs` and, for functions, `fn_name` |
+| LiveCodeBench | `public_test_cases`, `private_test_cases` (JSON, or as the data set packs it), `metadata` with `func_name` |
+| HumanEval, LeetCodeDataset | `test` with `check(candidate)` or assertions, `entry_point`; `prelude`: what stands before |
+
+Without such a column, `answer` holds what `input_output` would.
+"""
+
+import base64
+import io
+import json
+import pickle
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One test: text for standard input and from standard output, or a function's arguments and its value."""
+
+    given: Any
+    expected: Any
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """Either `cases`, of a function where `entry` names one; or a `check` that calls the function itself."""
+
+    cases: list[Case] = []
+    entry: str = ""
+    check: str = ""
+    prelude: str = ""
+
+
+def problem(answer: str, fields: dict[str, Any]) -> Problem:
+    """Raises `ValueError` for tests that cannot be read, or none."""
+    for column, read in FORMATS.items():
+        if fields.get(column):
+            break
+    else:
+        column, read, fields = "answer", _taco, {**fields, "input_output": answer}
+    try:
+        found = read(fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{column}: these are no tests: {type(error).__name__}: {error}") from error
+    if not found.cases and not found.check:
+        raise ValueError(f"{column}: there are no tests")
+    return found
+
+
+def _taco(fields: dict[str, Any]) -> Problem:
+    tests = _json(fields["input_output"])
+    entry = tests.get("fn_name") or ""
+    pairs = zip(tests["inputs"], tests["outputs"], strict=True)
+    if entry:
+        return Problem(cases=[Case(_list(given), expected) for given, expected in pairs], entry=entry)
+    return Problem(cases=[Case(_lines(given), _lines(expected)) for given, expected in pairs])
+
+
+def _livecodebench(fields: dict[str, Any]) -> Problem:
+    tests = [*_json(fields["public_test_cases"]), *_packed(fields.get("private_test_cases") or "[]")]
+    entry = _json(fields.get("metadata") or "{}").get("func_name") or ""
+    if not entry:
+        return Problem(cases=[Case(test["input"], test["output"]) for test in tests])
+    cases = []
+    for test in tests:
+        arguments = [json.loads(line) for line in test["input"].splitlines() if line.strip()]
+        cases.append(Case(arguments, json.loads(test["output"])))
+    return Problem(cases=cases, entry=entry)
+
+
+def _check(fields: dict[str, Any]) -> Problem:
+    return Problem(check=fields["test"], entry=fields["entry_point"], prelude=fields.get("prelude") or "")
+
+
+FORMATS: dict[str, Callable[[dict[str, Any]], Problem]] = {
+    "input_output": _taco,
+    "public_test_cases": _livecodebench,
+    "test": _check,
+}
+
+
+def _json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is no list of arguments")
+    return value
+
+
+def _lines(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else "\n".join(map(str, value))
+
+
+def _packed(value: Any) -> Any:
+    """JSON, or JSON pickled, compressed and in base 64, which is how LiveCodeBench hides its tests."""
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        value = _Text(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load()
+    return _json(value)
+
+
+class _Text(pickle.Unpickler):
+    """Reads plain data alone: nothing in a pickle can be called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"a pickle that names {module}.{name}")
