@@ -47,13 +47,22 @@ clean:
 	{ cd $@ && apt-get download -q libpython$$(../bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')-dev \
 	  && dpkg -x libpython*.deb . || { echo "Python.h is missing: apt install python3-dev"; rm -rf $(CURDIR)/$@; exit 1; }; }
 
+# Programs of a model run inside bubblewrap; Debian's is unpacked here where the machine lacks it.
+.venv/bubblewrap: .venv/made
+	@mkdir -p $@
+	@command -v bwrap >/dev/null || \
+	{ cd $@ && { apt-get download -q bubblewrap || { apt-get update -q && apt-get download -q bubblewrap; }; } \
+	  && dpkg -x bubblewrap*.deb . && ln -sf ../bubblewrap/usr/bin/bwrap ../bin/bwrap \
+	  || { echo "bubblewrap is missing: the reward code refuses to run without it (apt install bubblewrap)"; \
+	       rm -rf $(CURDIR)/$@; }; }
+
 # torch comes first and alone, by its exact version: the extension is compiled against it.
 .venv/torch: .venv/headers
 	$(PIP) install $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) install "setuptools>=77.0.3" wheel ninja "pybind11>=2.13"
 	touch $@
 
-.venv/installed: .venv/torch pyproject.toml setup.py $(shell find csrc -type f)
+.venv/installed: .venv/torch .venv/bubblewrap pyproject.toml setup.py $(shell find csrc -type f)
 	CPATH=$(HEADERS):$$(echo $(HEADERS)/python3*) PATH="$(CURDIR)/$(BIN):$$PATH" \
 	$(PIP) install --no-build-isolation $(PINS) -e ".[test]"
 	touch $@

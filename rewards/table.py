@@ -18,6 +18,7 @@ TABLE = {
     "math": "rewards.math:equals",
     "reasoning_gym": "rewards.logic:task_score",
     "sum": "rewards.terms:weighted_sum",
+    "code": "rewards.code.reward:Code",
 }
 
 

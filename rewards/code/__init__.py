@@ -1,1 +1,2 @@
-"""Programs judged by tests: formats to tests, completion to program, program and tests to outcomes, outcomes to score."""
+"""Programs judged by tests: columns to tests (`formats`), completion to program (`completion`), program and tests to
+outcomes (`trial`, `comparison`), outcomes to a verdict (`reward`)."""

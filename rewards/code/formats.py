@@ -1,10 +1,10 @@
 """The tests of a problem, from the columns that the usual data sets have.
 
-| data set | columns |
-|---|---|
-| APPS, TACO | `input_output`: JSON with `inputs`, `outputs` and, for functions, `fn_name` |
-| LiveCodeBench | `public_test_cases`, `private_test_cases` (JSON, or as the data set packs it), `metadata` with `func_name` |
-| HumanEval, LeetCodeDataset | `test` with `check(candidate)` or assertions, `entry_point`; `prelude`: what stands before |
+    APPS, TACO         `input_output`: JSON with `inputs`, `outputs` and, for functions, `fn_name`
+    LiveCodeBench      `public_test_cases`, `private_test_cases` (JSON, or as the data set packs it), and for functions
+                       `metadata` with `func_name`
+    HumanEval,         `test`: source with `check(candidate)` or with assertions, `entry_point`: what they call, and
+    LeetCodeDataset    `prelude`: source that stands before program and test
 
 Without such a column, `answer` holds what `input_output` would.
 """
@@ -21,10 +21,12 @@ import msgspec
 
 
 class Case(msgspec.Struct, frozen=True):
-    """One test: text for standard input and from standard output, or a function's arguments and its value."""
+    """One test: text for standard input and from standard output, or a function's arguments and its value (or one of
+    the `alternatives`)."""
 
     given: Any
     expected: Any
+    alternatives: list[Any] = []
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,13 +40,9 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 def problem(answer: str, fields: dict[str, Any]) -> Problem:
     """Raises `ValueError` for tests that cannot be read, or none."""
-    for column, read in FORMATS.items():
-        if fields.get(column):
-            break
-    else:
-        column, read, fields = "answer", _taco, {**fields, "input_output": answer}
+    column = next((column for column in FORMATS if fields.get(column)), "answer")
     try:
-        found = read(fields)
+        found = _taco({"input_output": answer}) if column == "answer" else FORMATS[column](fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{column}: these are no tests: {type(error).__name__}: {error}") from error
     if not found.cases and not found.check:
@@ -57,7 +55,7 @@ def _taco(fields: dict[str, Any]) -> Problem:
     entry = tests.get("fn_name") or ""
     pairs = zip(tests["inputs"], tests["outputs"], strict=True)
     if entry:
-        return Problem(cases=[Case(_list(given), expected) for given, expected in pairs], entry=entry)
+        return Problem(cases=[Case(_list(given), value, _unwrapped(value)) for given, value in pairs], entry=entry)
     return Problem(cases=[Case(_lines(given), _lines(expected)) for given, expected in pairs])
 
 
@@ -92,6 +90,11 @@ def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError(f"{value!r} is no list of arguments")
     return value
+
+
+def _unwrapped(value: Any) -> list[Any]:
+    """APPS and TACO put some values into a list of their own, and do not say which."""
+    return value if isinstance(value, list) and len(value) == 1 else []
 
 
 def _lines(value: str | list[str]) -> str:

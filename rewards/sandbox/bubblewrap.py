@@ -64,8 +64,9 @@ def command(filter_fd: int, own_namespace: bool) -> list[str]:
     for path in SYSTEM:
         words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
     shown = [*FILES, sys.base_prefix, *packages()]
-    for path in dict.fromkeys(str(parent) for path in (*shown, *DEVICES) for parent in reversed(Path(path).parents)):
-        words += ["--perms", "0755", "--dir", path]  # bwrap makes them for itself alone
+    parents = [str(parent) for path in (*shown, *DEVICES) for parent in reversed(Path(path).parents)]
+    for path in dict.fromkeys(parents):
+        words += ["--perms", "0755", "--dir", path]  # left to itself bwrap makes them for its own user alone
     for path in shown:
         words += ["--ro-bind-try", path, path]
     for path in DEVICES:

@@ -7,7 +7,7 @@ Both filters are lists of what is allowed; all else fails with EPERM. So neither
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -96,7 +96,7 @@ def program_filter() -> bytes:
     return code
 
 
-def _export(names: list[str], rules: list[Rule]) -> bytes:
+def _export(names: Sequence[str], rules: list[Rule]) -> bytes:
     library = _library()
     context = library.seccomp_init(ERRNO | EPERM)
     if not context:
@@ -117,7 +117,7 @@ def _export(names: list[str], rules: list[Rule]) -> bytes:
         library.seccomp_release(context)
 
 
-def _known(library: ctypes.CDLL, names: list[str], rules: list[Rule]) -> Iterator[tuple[list[int], ctypes.Array]]:
+def _known(library: ctypes.CDLL, names: Sequence[str], rules: list[Rule]) -> Iterator[tuple[list[int], ctypes.Array]]:
     """Numbers and tests; names that this libseccomp does not know stay forbidden."""
     everything = [(name, []) for name in names] + [(rule.name, [Test(*rule.test)]) for rule in rules]
     for name, tests in everything:

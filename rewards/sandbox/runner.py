@@ -48,6 +48,7 @@ ASIDE = 64  # descriptors from here on are free
 LONGEST_REPLY = 1 << 26
 LOST = 3  # exit code of a check that could not ask its candidate
 UNASKED = 4  # exit code of a check that never did
+BROKEN = 5  # exit code of a check that is no Python
 
 Job = dict[str, Any]
 Namespace = dict[str, Any]
@@ -58,7 +59,7 @@ CUSTOMARY: Namespace = {
     **{module.__name__: module for module in (math, operator, random, re, string, sys, typing)},
     **{name: vars(module)[name] for module in (typing, collections, functools) for name in module.__all__},
     **{name: vars(module)[name] for module in (bisect, heapq, itertools) for name in dir(module) if name[0] != "_"},
-    **{name: vars(math)[name] for name in ("ceil", "comb", "floor", "gcd", "inf", "isqrt", "log", "log2", "pi", "sqrt")},
+    **{name: vars(math)[name] for name in ("ceil", "comb", "floor", "gcd", "inf", "isqrt", "log2", "pi", "sqrt")},
 }
 
 
@@ -276,7 +277,7 @@ class Candidate:
 def exception(name: str, text: str) -> Exception:
     """The candidate's exception, if it is one of Python's. StopIteration would end a loop of the check as if all its
     cases had been seen."""
-    found = getattr(builtins, name, None)
+    found: Any = getattr(builtins, name, None)
     usual = isinstance(found, type) and issubclass(found, Exception)
     if not usual or issubclass(found, StopIteration | StopAsyncIteration | UnicodeError | ExceptionGroup):
         return RuntimeError(f"{name}: {text}")
@@ -288,9 +289,14 @@ def run_check(job: Job) -> int:
     namespace = module()
     namespace.update(CUSTOMARY)
     candidate = Candidate(namespace)
-    exec(compiled(job["prelude"], "prelude.py"), namespace)
+    try:
+        exec(compiled(job["prelude"], "prelude.py"), namespace)
+        test = read_program("test.py")
+    except BaseException:
+        traceback.print_exc()
+        return BROKEN
     namespace[job["entry"]] = candidate
-    exec(read_program("test.py"), namespace)
+    exec(test, namespace)
     if "check" in namespace:
         namespace["check"](candidate)
     return LOST if candidate.lost else 0 if candidate.num_calls else UNASKED
@@ -306,6 +312,7 @@ KINDS = {
 
 
 def read_program(name: str = "main.py") -> types.CodeType:
+    os.lseek(PROGRAM, 0, os.SEEK_SET)  # an earlier child has read it
     with open(PROGRAM, encoding="utf-8", closefd=False) as file:
         return compiled(file.read(), name)
 

@@ -6,6 +6,7 @@ import select
 import socket
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
@@ -69,20 +70,30 @@ class Sandbox:
     """
 
     def __init__(self, walls: str = "bubblewrap"):
-        self._start = WALLS[walls]
+        self._make = WALLS[walls]
         self._resources = ExitStack()
         self._control: socket.socket | None = None
         self.num_starts = 0
+        weakref.finalize(self, self._resources.close)
 
     def begin(self, job: Job, files: Sequence[int]) -> None:
         """Starts a run; `files` become its standard input, output and error, then PROGRAM, CALLS, RESULTS.
 
         Raises `SandboxError` where there can be no sandbox.
         """
+        message = msgspec.json.encode(job)
+        try:
+            socket.send_fds(self.start(), [message], files)
+        except ConnectionError:  # it died while it had nothing to do
+            self.close()
+            socket.send_fds(self.start(), [message], files)
+
+    def start(self) -> socket.socket:
+        """Does nothing where the sandbox is there already. Raises `SandboxError` where there can be none."""
         if self._control is None:
             self.num_starts += 1
-            self._control = self._start(self._resources)
-        socket.send_fds(self._control, [msgspec.json.encode(job)], files)
+            self._control = self._make(self._resources)
+        return self._control
 
     def finish(self, wall_s: float) -> End:
         """Waits for the end of the run, and makes one after `wall_s`."""

@@ -1,0 +1,121 @@
+"""Hostile programs: each one is contained, none gets a reward, the host stays as it was. Nothing here is ever skipped:
+where there is no bubblewrap, all of it fails."""
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from hostile import ANSWER, ATTACKS, CHECKS, FAKES, PRIZE, SEARCHES
+
+from rewards.code.trial import sandbox
+from rewards.table import resolve
+
+OPTIONS = {"time_s": 0.4, "total_s": 1.5, "memory_mib": 256}
+CUBES = {"inputs": [[2], [3]], "outputs": [8, 27], "fn_name": "answer"}
+RIGHT = "def answer(x):\n    return x ** 3"
+
+
+class Host:
+    """What programs must not touch."""
+
+    def __init__(self, folder: Path):
+        self.canary = folder / "canary"
+        self.canary.write_text(ANSWER)
+        self.process = subprocess.Popen(["sleep", "600"])
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(0)
+        self.before = self.state()
+
+    def state(self):
+        runner = Path(__file__).parent.parent / "rewards/sandbox/runner.py"
+        null = os.stat("/dev/null")
+        return self.canary.read_text(), self.process.poll(), runner.read_bytes(), null.st_rdev, null.st_mode
+
+    def check(self):
+        assert self.state() == self.before
+        with pytest.raises(BlockingIOError):
+            self.listener.accept()
+        assert len(tasks()) <= 2 * 4, "bubblewrap, its init, the runner: of two sandboxes at most"
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.listener.close()
+
+
+def tasks() -> list[str]:
+    """The processes below this one, by name."""
+    children: dict[int, list[int]] = {}
+    names = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, _, rest = path.read_text().partition(" (")
+        except OSError:
+            continue
+        name, _, rest = rest.rpartition(") ")
+        names[int(number)] = name
+        children.setdefault(int(rest.split()[1]), []).append(int(number))
+    found, below = [], [os.getpid()]
+    while below:
+        below = [child for parent in below for child in children.get(parent, [])]
+        found += [names[child] for child in below]
+    return [name for name in found if name != "sleep"]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    host = Host(tmp_path_factory.mktemp("host"))
+    yield host
+    host.close()
+
+
+@pytest.fixture(scope="module")
+def code():
+    return resolve("code", OPTIONS)
+
+
+def judge(code, host, program, **tests):
+    for name, value in (("PORT", host.listener.getsockname()[1]), ("PID", host.process.pid), ("CANARY", host.canary)):
+        program = program.replace(name, str(value))
+    return code("", f"```python\n{program}\n```", "", **tests)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_is_contained(code, host, attack):
+    tests = {"input_output": json.dumps({"inputs": ["1"], "outputs": [PRIZE]})}
+    verdict = judge(code, host, ATTACKS[attack], **tests)
+    assert verdict.score == 0.0 and not verdict.solved and not verdict.error, verdict
+    assert judge(code, host, f"print({PRIZE!r})", **tests).solved, "the next program"
+    host.check()
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_the_answer_is_nowhere_to_be_found(code, host, search, monkeypatch):
+    monkeypatch.setenv("LEEWAY_TEST_SECRET", ANSWER)
+    sandbox("bubblewrap", "program").close()  # so that a new one is started from this environment
+    tests = {"input_output": json.dumps({"inputs": ["1"], "outputs": [ANSWER]})}
+    verdict = judge(code, host, SEARCHES[search], **tests)
+    assert verdict.score == 0.0 and ANSWER not in verdict.evidence.get("given", ""), verdict
+    assert judge(code, host, f"print({ANSWER!r})", **tests).solved
+    host.check()
+
+
+@pytest.mark.parametrize("fake", FAKES)
+def test_a_fake_does_not_pass_as_a_function(code, host, fake):
+    tests = {"input_output": json.dumps(CUBES)}
+    verdict = judge(code, host, FAKES[fake], **tests)
+    assert verdict.score == 0.0 and not verdict.solved, verdict
+    assert judge(code, host, RIGHT, **tests).solved
+    host.check()
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("fake", FAKES)
+def test_a_fake_does_not_pass_a_check(code, host, fake, check):
+    tests = {"test": CHECKS[check], "entry_point": "answer"}
+    verdict = judge(code, host, FAKES[fake], **tests)
+    assert verdict.score == 0.0 and not verdict.solved, verdict
+    host.check()
