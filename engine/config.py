@@ -102,7 +102,7 @@ class Generator(Struct, kw_only=True):
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: Natural = 0  # of torch; 0: the host's cores divided among its processes
-    reward_workers: Count = 1
+    reward_workers: Count = 1  # processes for rewards that compute; those that wait share one more
 
 
 class Learner(Struct, kw_only=True):
@@ -180,6 +180,7 @@ class Deadlines(Struct):
     publish_s: Positive = 60.0  # a generator until it applied a version, or it leaves routing
     evaluate_s: Positive = 3600.0
     reward_s: Positive = 10.0  # one completion's reward
+    judge_s: Positive = 600.0  # one that waits for others, a judge on the network say, its turn there included
     collective_s: Positive = 300.0
     stop_s: Positive = 8.0  # everything, when asked to stop
 

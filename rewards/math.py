@@ -1,34 +1,102 @@
-"""Mathematical equality by math-verify: 1/2 is 0.5 is \\boxed{\\frac{1}{2}}."""
+"""Mathematical equality by math-verify: 1/2 is 0.5 is 50% is \\boxed{\\frac{1}{2}}."""
 
 import logging
+import re
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
-from math_verify import parse, verify
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
+from rewards.answer import after_thinking, announced, boxed
+from rewards.units import common_unit
 from rewards.verdict import Verdict, brief
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
 
+LONGEST, DEEPEST = 1000, 20  # characters and nested brackets of an answer; parsing more takes time beyond any use
+CHOICE = re.compile(r"\(?([A-J])\)?")
+CHOSEN = re.compile(r"\s*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*[(\[*]*([A-Ja-j])(?![A-Za-z0-9^_+*/=({])")
+SPOKEN = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+|(?:arc)?(?:sin|cos|tan)h?|log|exp|sqrt|frac")
+WORD = re.compile(r"[A-Za-z]{3}")  # what is left of prose
+GRAMMARS = (LatexExtractionConfig(), ExprExtractionConfig())
 
-def equals(prompt: str, completion: str, answer: str, **fields: Any) -> Verdict:
-    """1 where what math-verify finds in `completion` (all that is in \\boxed{}, or else the last value) equals
-    `answer`; else 0.
 
-    math-verify's own time limits are off: one clock rules, the scorer's. Raises `ValueError` for an `answer` that
-    cannot be read.
+def equals(
+    prompt: str, completion: str, answer: str, *, boxed_only: bool = False, choices: bool = True, **fields: Any
+) -> Verdict:
+    """1 where the answer in `completion` equals `answer`; else 0.
+
+    It is looked for after the last thinking block: the last \\boxed{} (several boxes in a row are one set), or else the
+    last line that announces an answer, or else the last value; `boxed_only` wants a box. With `choices` an `answer`
+    that is a single letter, A to J, is the letter of a multiple choice. Quantities in different units are converted;
+    a unit that is left out is forgiven.
+
+    math-verify's own time limits are off: one clock rules, the pool's. Raises `ValueError` for an `answer` that cannot
+    be read.
     """
-    gold = read_gold(answer)
-    given = parse(completion, parsing_timeout=0)
-    solved = bool(verify(gold, given, timeout_seconds=0))
-    parsed = str(given[0]) if given else ""
-    return Verdict(float(solved), solved, evidence={"parsed": brief(parsed), "expected": brief(answer)})
+    text = after_thinking(prompt, completion)
+    given = find(text, boxed_only) if text is not None else None
+    evidence = {"parsed": brief(given if given is not None else ""), "expected": brief(answer)}
+    letter = CHOICE.fullmatch(answer.strip()) if choices else None
+    if letter:
+        chosen = CHOSEN.match(given) if given is not None else None
+        solved = chosen is not None and chosen[1].upper() == letter[1]
+    else:
+        gold = read_gold(answer)
+        solved = given is not None and sane(given) and same(gold, answer, given)
+    return Verdict(float(solved), solved, evidence=evidence)
+
+
+def find(text: str, boxed_only: bool = False) -> str | None:
+    """The answer in `text`, as it stands there; None where there is none."""
+    boxes = boxed(text)
+    if len(boxes) > 1:
+        return rf"\{{{', '.join(boxes)}\}}"
+    if boxes or boxed_only:
+        return boxes[0] if boxes else None
+    lines = [line for line in text.splitlines() if line.strip()]
+    return announced(text) or (lines[-1][-LONGEST:] if lines else None)
+
+
+def sane(text: str) -> bool:
+    """Whether `text` is short, its braces match and its brackets are not nested beyond any use."""
+    steps = [1 if each in "({[" else -1 for each in text if each in "({[]})"]
+    braces = list(accumulate((1 if each == "{" else -1 for each in text if each in "{}"), initial=0))
+    short = len(text) <= LONGEST and max(accumulate(steps, initial=0)) <= DEEPEST
+    return short and min(braces) == braces[-1] == 0
+
+
+def same(gold: list[Any], answer: str, given: str) -> bool:
+    """Whether the text `given` equals `gold`, which is `answer` parsed."""
+    read = read_latex(given)
+    if (scales := common_unit(answer, given)) is not None:
+        return bool(scales) and verify(_scaled(gold, scales[0]), _scaled(read, scales[1]), timeout_seconds=0)
+    return bool(verify(gold, read, timeout_seconds=0))
+
+
+def _scaled(values: list[Any], scale: Any) -> list[Any]:
+    return [value * scale for value in values if not isinstance(value, str)]
 
 
 @lru_cache(maxsize=256)
 def read_gold(answer: str) -> list[Any]:
-    """`answer` parsed, also where it is LaTeX without its dollars; the completions of a group share it."""
-    for text in (answer, f"${answer}$"):
-        if parsed := parse(text, parsing_timeout=0):
-            return parsed
+    """`answer` parsed; the completions of a group share it."""
+    boxes = boxed(answer)
+    text = boxes[0] if boxes else announced(answer) or answer
+    if parsed := read_latex(text):
+        return parsed
     raise ValueError(f"the answer {answer!r} is no mathematics that math-verify can read")
+
+
+def read_latex(text: str) -> list[Any]:
+    """What math-verify reads in `text`: as LaTeX where it is a formula, also without its dollars; or else the last
+    number or expression."""
+    marked = any(mark in text for mark in ("$", r"\(", r"\["))
+    for form in (text, f"${text}$") if marked or WORD.search(SPOKEN.sub("", text)) else (rf"\boxed{{{text}}}", text):
+        if parsed := parse(form, GRAMMARS, parsing_timeout=0):
+            return parsed
+    return []
+
+
+read_latex(r"\frac{1}{2}")  # the first parse makes the parser's tables: here, before workers are forked from this process

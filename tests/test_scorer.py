@@ -1,3 +1,4 @@
+import asyncio
 import os
 import select
 import signal
@@ -6,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,9 +15,11 @@ from engine import config as configs
 from engine.config import ConfigError
 from engine.schema import Prompt
 from engine.scorer import Scorer, check_rewards
+from rewards.pool import Limits
 from rewards.verdict import Verdict
 
 DEADLINE_S = 0.5
+JUDGE_S = 2.0
 
 
 def behave(prompt, completion, answer, **fields):
@@ -49,7 +53,7 @@ def make(reward=f"{__name__}:behave", workers=1, **options):
         "domains": [{"name": "d", "source": "file", "path": "x", "reward": reward, "reward_options": options}],
         "generator": {"max_new_tokens": 4, "reward_workers": workers},
         "learner": {"tokens_per_micro_batch": 1000, "lr": 1e-3},
-        "deadlines": {"reward_s": DEADLINE_S},
+        "deadlines": {"reward_s": DEADLINE_S, "judge_s": JUDGE_S},
     })
 
 
@@ -120,7 +124,7 @@ def test_only_the_guilty_completion_is_lost(scorer, bad, reason):
     verdicts = judge(scorer, "yes", bad, "no", "yes")
     assert [verdict.error for verdict in verdicts] == ["", reason, "", ""]
     assert [verdict.score for verdict in verdicts] == [1.0, 0.0, 0.0, 1.0]
-    assert scorer.num_restarts == (bad in ("hang", "exit", "kill"))
+    assert scorer.pool.num_restarts == (bad in ("hang", "exit", "kill"))
 
 
 def test_a_group_of_which_all_die_ends_too(scorer):
@@ -160,35 +164,170 @@ def test_close_ends_the_workers_in_the_middle_of_a_reward():
     scorer = Scorer(make())
     judge(scorer, "yes")
     scorer.submit("key", prompt(), ["hang"])
-    pids = [worker.process.pid for worker in scorer._workers.values()]
+    pids = scorer.pool.pids
     scorer.close()
     assert all(gone(pid) for pid in pids)
 
 
-def test_workers_die_with_their_owner(tmp_path):
-    """The owner is killed while a reward hangs: nobody is left to read the end of the socket."""
+def test_workers_and_what_they_started_die_with_their_owner(tmp_path):
+    """The owner is killed while a reward waits for its child: nobody is left to read the end of the socket."""
     code = f"""if True:
         import sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         import {__name__} as here
         scorer = here.Scorer(here.make())
         here.judge(scorer, "yes")
-        scorer.submit("key", here.prompt(), ["hang"])
-        print(*[worker.process.pid for worker in scorer._workers.values()], flush=True)
+        scorer.submit("key", here.prompt(note={str(tmp_path / "pid")!r}), ["spawn"])
+        print(*scorer.pool.pids, flush=True)
         sys.stdin.read()
     """
     owner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert owner.stdout and owner.stdin
-    pid = owner.stdout.readline().strip()
-    assert Path(f"/proc/{pid}").exists()
+    pids = owner.stdout.readline().split()
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        select.select([], [], [], 0.02)
+    pids.append((tmp_path / "pid").read_text())
+    assert len(pids) == 3 and all(Path(f"/proc/{pid}").exists() for pid in pids)
     owner.kill()
     owner.wait()
     owner.stdout.close()
     owner.stdin.close()
     try:
-        assert gone(pid)
+        assert all(gone(pid) for pid in pids)
     finally:
-        kill(int(pid))
+        for pid in pids:
+            kill(int(pid))
+
+
+def test_the_loss_of_the_process_that_starts_workers_costs_no_completion():
+    scorer = Scorer(make(workers=2))
+    judge(scorer, "yes")
+    for key in range(3):
+        scorer.submit(key, prompt(), ["sleep", "yes"])
+    kill(scorer.pool.pids[0])
+    found = collect(scorer, 3)
+    scorer.close()
+    assert all([verdict.error for verdict in verdicts] == ["", ""] for verdicts in found.values())
+    assert all(found[key][1].solved for key in range(3)) and scorer.pool.num_restarts == 1
+
+
+# ---- rewards that wait -----------------------------------------------------------------------------------------
+
+UNDER_WAY = []
+
+
+async def attend(prompt, completion, answer, **fields):
+    """A reward that waits as the completion says; its score is how many wait with it."""
+    if completion == "spin":
+        while True:
+            pass
+    if completion == "raise":
+        raise KeyError("no such thing")
+    if completion == "exit":
+        await asyncio.sleep(0.1)
+        os._exit(3)
+    UNDER_WAY.append(completion)
+    await asyncio.sleep(60 if completion == "hang" else 0.1)
+    most = len(UNDER_WAY)
+    await asyncio.sleep(0.1)
+    UNDER_WAY.remove(completion)
+    return float(most)
+
+
+@pytest.fixture
+def waiting():
+    scorer = Scorer(make(f"{__name__}:attend"))
+    yield scorer
+    scorer.close()
+
+
+def test_rewards_that_wait_wait_together(waiting):
+    for key in range(5):
+        waiting.submit(key, prompt(), ["a", "b", "c", "d"])
+    found = collect(waiting, 5)
+    assert max(verdict.score for verdicts in found.values() for verdict in verdicts) == 20
+
+
+def test_a_reward_that_waits_too_long_or_raises_costs_itself(waiting):
+    waiting.submit("first", prompt(), ["hang", "a", "raise"])
+    waiting.submit("second", prompt(), ["b"])
+    found = collect(waiting, 2)
+    assert [verdict.error for verdict in found["first"]] == [
+        f"no verdict within {JUDGE_S:g} s",
+        "",
+        "KeyError: 'no such thing'",
+    ]
+    assert found["second"][0].error == "" and waiting.pool.num_restarts == 0
+
+
+@pytest.mark.parametrize(("bad", "reason"), [("spin", "no word within 0.5 s (signal 9)"), ("exit", "(exit code 3)")])
+def test_one_that_sticks_or_dies_among_many_is_found(waiting, bad, reason):
+    waiting.submit("first", prompt(), ["a", bad, "b"])
+    for key in range(3):
+        waiting.submit(key, prompt(), ["c", "d"])
+    found = collect(waiting, 4)
+    assert [verdict.error[-len(reason) :] for verdict in found.pop("first")] == ["", reason, ""]
+    assert not any(verdict.error for verdicts in found.values() for verdict in verdicts)
+    assert waiting.pool.num_restarts == 2  # among all, and alone
+
+
+def test_both_kinds_side_by_side():
+    config = make(f"{__name__}:attend")
+    other = msgspec.structs.replace(config.domains[0], name="computes", reward=f"{__name__}:behave")
+    scorer = Scorer(msgspec.structs.replace(config, domains=[*config.domains, other]))
+    scorer.submit("waits", prompt(), ["a"])
+    scorer.submit("computes", msgspec.structs.replace(prompt(), domain="computes"), ["yes", "hang", "no"])
+    found = collect(scorer, 2)
+    scorer.close()
+    assert [verdict.score for verdict in found["computes"]] == [1.0, 0.0, 0.0]
+    assert found["waits"][0].score == 1.0 and scorer.pool.num_restarts == 1
+
+
+# ---- a day in small --------------------------------------------------------------------------------------------
+
+
+def resident_mb(pid):
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def day(num_groups, group_size=8):
+    """Scores groups of which one completion in twenty raises, hangs or dies; every verdict by key, and the growth of
+    this process and the nursery in MB."""
+    bad = ["raise", "exit", "kill", "hang", "nan"]
+    scorer = Scorer(make(workers=2))
+    scorer.pool._limits = Limits(reward_s=0.05)
+    found, sizes = {}, []
+    for key in range(num_groups):
+        numbers = range(key * group_size, (key + 1) * group_size)
+        texts = [bad[number // 20 % len(bad)] if number % 20 == 7 else ["yes", "no"][number % 2] for number in numbers]
+        scorer.submit(key, prompt(), texts)
+        while key - len(found) > 20:
+            found.update(scorer.poll(0.05))
+        if len(found) in (num_groups // 10, num_groups - 30):
+            sizes.append([resident_mb(pid) for pid in (os.getpid(), scorer.pool.pids[0])])
+    while len(found) < num_groups:
+        found.update(scorer.poll(0.05))
+    pids = scorer.pool.pids
+    scorer.close()
+    assert all(gone(pid) for pid in pids)
+    assert children() == set()
+    return found, [last - first for first, last in zip(sizes[0], sizes[-1], strict=True)]
+
+
+def children():
+    return {task.read_text() for task in Path("/proc/self/task").glob("*/children") if task.read_text()}
+
+
+@pytest.mark.parametrize("num_groups", [250, pytest.param(2500, marks=pytest.mark.slow)])
+def test_a_day_of_bad_completions_is_all_accounted_for(num_groups):
+    before = children()
+    assert before == set()
+    found, growth = day(num_groups)
+    verdicts = [(n, v) for key in range(num_groups) for n, v in enumerate(found[key], key * 8)]
+    assert [n for n, verdict in verdicts if verdict.error] == list(range(7, num_groups * 8, 20))
+    assert all(verdict.solved == (n % 2 == 0) for n, verdict in verdicts if not verdict.error)
+    assert max(growth) < 8, growth
 
 
 def test_a_package_of_the_users_named_rewards_is_not_in_the_way(tmp_path, monkeypatch):
@@ -203,7 +342,7 @@ def test_a_package_of_the_users_named_rewards_is_not_in_the_way(tmp_path, monkey
 
 def test_workers_that_cannot_start_are_an_error(capfd):
     scorer = Scorer(make("nowhere.at_all:reward"))
-    with pytest.raises(RuntimeError, match="could not start; the last: exit code 1"):
+    with pytest.raises(RuntimeError, match="could not start; the last ended: exit code 1"):
         collect(scorer, 1)
     scorer.close()
     assert "cannot import 'nowhere.at_all:reward'" in capfd.readouterr().err
