@@ -136,7 +136,7 @@ class Pool:
 
     def close(self) -> None:
         """Kills all workers; what was not judged is forgotten."""
-        self._end_nursery()
+        self._end_nursery(loaded=self._waiting is not None)
         self._epoll.close()
 
     # ---- the nursery
@@ -161,7 +161,7 @@ class Pool:
             return  # heard already, while a worker was buried
         news = self._read_news()
         if news is None:
-            self._restart_nursery("ended")
+            self._restart_nursery("ended", self._end_nursery())
         elif isinstance(news, Loaded):
             self._failed_starts, self._waiting = 0, news.waiting
             for wide in [False] * self._num_workers + [True] * bool(news.waiting):
@@ -181,28 +181,24 @@ class Pool:
             self._codes[news.pid] = news.code
         return news
 
-    def _restart_nursery(self, reason: str) -> None:
-        """All workers died with it, through no fault of their completions."""
+    def _restart_nursery(self, reason: str, end: str) -> None:
         self._failed_starts += self._waiting is None
-        jobs = [job for worker in self._workers.values() for job in worker.jobs.values()]
-        end = self._end_nursery()
         if self._failed_starts == MAX_FAILED_STARTS:
             raise RuntimeError(f"{MAX_FAILED_STARTS} reward workers in a row could not start; the last {reason}: {end}")
-        for job in jobs:
-            self._queues[job.task.domain in (self._waiting or [])].appendleft(job)
         self.num_restarts += 1
         self._start()
 
-    def _end_nursery(self) -> str:
+    def _end_nursery(self, loaded: bool = True) -> str:
+        """While it loads the rewards it cannot hear that it is to end."""
         for worker in list(self._workers.values()):
             self._forget(worker)
-        if self._waiting is None:
-            self._nursery.kill()  # it may be anywhere in the rewards' imports
+            for job in worker.jobs.values():  # whose completions are at no fault
+                self._queues[worker.wide].appendleft(job)
         if self._control.fileno() >= 0 and not self._epoll.closed:
             self._epoll.unregister(self._control.fileno())
         self._control.close()
         try:
-            code = self._nursery.wait(EXIT_S)
+            code = self._nursery.wait(EXIT_S if loaded else 0.0)
         except subprocess.TimeoutExpired:
             self._nursery.kill()
             code = self._nursery.wait()
@@ -266,7 +262,8 @@ class Pool:
 
     def _check_deadlines(self, now: float) -> None:
         if self._waiting is None and now - self._started > self._limits.start_s:
-            self._restart_nursery(f"said no word within {self._limits.start_s:g} s")
+            end = self._end_nursery(loaded=False)
+            self._restart_nursery(f"said no word within {self._limits.start_s:g} s", end)
         for worker in list(self._workers.values()):
             if (worker.jobs or not worker.pid) and now - worker.since > self._limits.reward_s:
                 self._replace(worker, f"no word within {self._limits.reward_s:g} s")
