@@ -5,7 +5,9 @@ import re
 OPENINGS = ("<think>", "<thinking>", "<reasoning>")
 CLOSINGS = ("</think>", "</thinking>", "</reasoning>")
 CONNECTIVE = re.compile(r"[\s$,;.]*(?:(?:and|or)[\s$]*)?")  # between the boxes of one answer
-ANNOUNCED = re.compile(r"(?:final\s+answer|answer)(?:\s+is)?\**\s*[:=]?\**[ \t]*(?:\n[ \t]*)?([^\n]+)|####[ \t]*([^\n]+)", re.I)
+ANNOUNCED = re.compile(
+    r"(?:final\s+answer|answer)(?:\s+is)?\**\s*[:=]?\**[ \t]*(?:\n[ \t]*)?([^\n]+)|####[ \t]*([^\n]+)", re.IGNORECASE
+)
 
 
 def after_thinking(prompt: str, completion: str) -> str | None:

@@ -99,4 +99,4 @@ def read_latex(text: str) -> list[Any]:
     return []
 
 
-read_latex(r"\frac{1}{2}")  # the first parse makes the parser's tables: here, before workers are forked from this process
+read_latex(r"\frac{1}{2}")  # the first parse makes the parser's tables: here, before workers are forked

@@ -154,7 +154,7 @@ def adversarial(count: int) -> list[str]:
         lambda: "(" * rng.randrange(1, 400) + "x" + ")" * rng.randrange(1, 400),
         lambda: r"\sqrt{" * rng.randrange(1, 120) + "2",
         lambda: "{" * rng.randrange(1, 900),
-        lambda: "".join(chr(rng.choice([rng.randrange(1, 0xD7FF), rng.randrange(0xE000, 0x10FFFF)])) for _ in range(40)),
+        lambda: "".join(map(chr, rng.choices([*range(1, 0xD7FF), *range(0xE000, 0x10FFFF)], k=40))),
         lambda: rng.choice(["", " ", "$", "$$", "\\", "{}", r"\boxed", "\0", "%", "=", "-", "∞", "½", "٣", "𝟗"]),
         lambda: "+".join(f"x_{{{i}}}^{{{number()}}}" for i in range(rng.randrange(1, 60))),
         lambda: f"(x+{number()})^{{{10 ** rng.randrange(1, 7)}}}",
