@@ -78,7 +78,7 @@ class Domain(Struct, kw_only=True):
     task: str = ""  # reasoning_gym: the data set's name; callable: import path "package.module:function"
     path: str = ""  # file: .jsonl or .parquet with `prompt`, `answer` and any further columns
     eval_path: str = ""  # file: held-out data; empty: the split is made by prompt hash
-    options: dict[str, Any] = {}  # of the task or the callable
+    options: dict[str, Any] = {}  # of the task or the callable; any task: level = 2 or [0, 4] of its curriculum
     question: str = ""  # reasoning_gym: words the task by the item's metadata, "{word}="; empty: by its own question
     template: str = "{prompt}"  # applied to text prompts, not to chat messages
     system: str = ""  # a system message, where the tokenizer has a chat template

@@ -174,7 +174,7 @@ def open_task(field: str, domain: Domain, mould: Mould, seed: int) -> Source:
     """A task of reasoning-gym. The reward finds the entry again by the fields task, options and index."""
     from reasoning_gym.factory import DATASETS
 
-    from rewards.logic import entry
+    from rewards.logic import entry, one_level
 
     if domain.task not in DATASETS:
         raise ConfigError(f"{field}.task = {domain.task!r}: allowed are {', '.join(sorted(DATASETS))}")
@@ -184,7 +184,7 @@ def open_task(field: str, domain: Domain, mould: Mould, seed: int) -> Source:
 
     def name(seed: int, index: int) -> Row:
         chunk, place = divmod(index, CHUNK)
-        options = {**domain.options, "seed": derive(seed, chunk), "size": CHUNK}
+        options = {**one_level(domain.options, index), "seed": derive(seed, chunk), "size": CHUNK}
         return {"task": domain.task, "options": options, "index": place}
 
     def draw(seed: int, index: int) -> Row:

@@ -15,9 +15,11 @@ Reward = Callable[..., Any]  # -> float | bool | Verdict, or an awaitable of one
 TABLE = {
     "exact": "rewards.exact:exact",
     "format": "rewards.format:matches",
+    "instructions": "rewards.instructions:follows",
     "math": "rewards.math:equals",
     "reasoning_gym": "rewards.logic:task_score",
     "sum": "rewards.terms:weighted_sum",
+    "tools": "rewards.tools:matches",
     "code": "rewards.code.reward:Code",
 }
 
