@@ -19,8 +19,9 @@ import numpy as np
 from engine.config import Config, ConfigError, load
 from engine.history import history, lineage
 from engine.run_directory import RunDirectory
+from engine.schedule import Schedule
 from engine.schema import Ack, Began, End, Granted, Group, Lapsed, Published, Result, Saved, Take, Took, Trained
-from engine.scores import Shape, shape_by
+from engine.scores import Shape, scheduled_shape
 from engine.snapshot import SNAPSHOT, Snapshot, digest, unpack
 
 ENDS = get_args(End)
@@ -85,7 +86,8 @@ class Account:
         self.max_staleness = 0
         self.findings: list[str] = []
         self._config = config
-        self._shape: Shape = shape_by(config.algorithm)
+        self._shape: Shape = scheduled_shape(config)
+        self._schedule = Schedule(config)
         self._checkpoints = dict(checkpoints)
         self._incarnation = -1
         self._weights: dict[int, str] = {}  # digest of every version published
@@ -241,7 +243,8 @@ class Account:
         valid = np.array([not verdict.error for verdict in group.verdicts])
         if valid.sum() < min(2, group.num_samples):
             return "failed"
-        uniform = self._config.algorithm.filter_uniform and group.num_samples > 1
+        filters = self._schedule.at(group.lease_version).algorithm.filter_uniform
+        uniform = filters and group.num_samples > 1
         return "filtered" if uniform and np.ptp(self._shape(group)[valid]) == 0 else "buffered"
 
     # ---- takes and versions

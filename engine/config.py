@@ -88,6 +88,15 @@ class Domain(Struct, kw_only=True):
     eval_prompts: Natural = 0  # held-out prompts
 
 
+class Curriculum(Struct):
+    """Which prompts are drawn."""
+
+    mixture: Slot = msgspec.field(default_factory=lambda: {"name": "static"})  # of the domains, by their weights
+    columns: dict[str, tuple[float, float]] = {}  # rows of files with such a column: the least and the greatest value
+    pass_rate: tuple[Share, Share] = (0.0, 1.0)  # prompts whose newest pass rate lies outside are passed over
+    rates: list[str] = []  # pass rates known at the start: `pass_rates.jsonl` of earlier runs, later over earlier ones
+
+
 class Generator(Struct, kw_only=True):
     engine: Literal["embedded"] = "embedded"
     local: Natural = 1  # generator children of this host, where no rank has the generator role
@@ -98,6 +107,7 @@ class Generator(Struct, kw_only=True):
     top_p: Mass = 1.0  # training with less than 1 is refused
     top_k: Natural = 0  # training with more than 0 is refused
     stop: list[Text] = []  # further stop strings; end-of-sequence always stops
+    target_entropy: Unsigned = 0.0  # nats a token, which the temperature follows from step to step; 0: it does not
     kv: Literal["recompute", "keep"] = "recompute"  # the KV cache of running requests when weights change
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -124,6 +134,20 @@ class Learner(Struct, kw_only=True):
     parity_bound: Positive = 1e-3  # largest mean |log-probability difference| between generator and learner at start
 
 
+class Critic(Struct):
+    """The value model, where `algorithm.advantage` needs one."""
+
+    path: str = ""  # a reward model or an exported critic in Hugging Face format; empty: it begins as the policy
+    pretrain_steps: Natural = 0  # takes at the start that train the critic alone, on Monte-Carlo returns
+    lr: Positive = 2e-6
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Unsigned = 1e-8
+    weight_decay: Unsigned = 0.0
+    clip_norm: Positive = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Natural = 0
+
+
 class Algorithm(Struct):
     """A method is a composition of slots; see engine/algorithms."""
 
@@ -134,6 +158,8 @@ class Algorithm(Struct):
     penalties: list[Slot] = []
     kl: Slot = msgspec.field(default_factory=lambda: {"name": "k3", "coefficient": 0.0})
     entropy: float = 0.0
+    imitation: Unsigned = 0.0  # weight of -log pi, mean over the tokens of solved completions
+    overlong_filter: bool = False  # completions cut off at the token limit count in baselines but do not train
     shuffle_rewards: bool = False  # a control: scores change places within their group, so nothing is to be learned
     filter_uniform: bool = True  # groups whose rewards are all equal are not trained
 
@@ -196,8 +222,10 @@ class Config(Struct, kw_only=True):
     model: Model
     warm_start: WarmStart = WarmStart()
     domains: list[Domain]
+    curriculum: Curriculum = Curriculum()
     generator: Generator
     learner: Learner
+    critic: Critic = Critic()
     algorithm: Algorithm = Algorithm()
     ops: Ops = Ops()
     weights: Weights = Weights()
@@ -206,6 +234,8 @@ class Config(Struct, kw_only=True):
     placement: Placement = Placement()
     deadlines: Deadlines = Deadlines()
     tracking: Tracking = Tracking()
+    schedule: list[dict[str, Any]] = []  # changes in the middle of the run: see engine.schedule
+    stages: list[dict[str, Any]] = []  # one run after the other: see engine.stages
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -21,6 +21,7 @@ from engine.config import Config, ConfigError
 from engine.evaluation import Surveys
 from engine.ledger import ENDS, Ledger
 from engine.roster import Roster
+from engine.schedule import Schedule
 from engine.schema import (
     Ack,
     End,
@@ -39,7 +40,8 @@ from engine.schema import (
     Trained,
 )
 from engine.snapshot import Snapshot, pack, unpack
-from engine.task import Task, samplings
+from engine.tally import PassRate, Tally, count, digest
+from engine.task import Task, followed, samplings
 from engine.tickets import Tickets
 
 MAX_FAILURES = 3  # leases of one group that end badly before it is given up
@@ -51,7 +53,8 @@ Note = Granted | Lapsed | Ack | Took
 class Prompts(Protocol):
     """What the coordinator needs of the prompt cursor."""
 
-    def draw(self) -> tuple[str, int]: ...
+    def draw(self, tally: Tally) -> tuple[str, int]: ...
+    def comes_again(self, domain: str) -> bool: ...
     def prompt(self, domain: str, index: int) -> Prompt: ...
     def held_out(self) -> list[Prompt]: ...
     def state(self) -> dict[str, Any]: ...
@@ -76,7 +79,9 @@ class Coordinator:
         self.buffer = Buffer(config.run.max_staleness)
         self.roster = Roster(config.deadlines)
         self.surveys = Surveys(config)
-        self._sampling = samplings(config)
+        self.tally = Tally()
+        self._schedule = Schedule(config)
+        self._temperature: float | None = None  # where it follows the entropy
         self._config = config
         self._prompts = prompts
         self._ledger = ledger
@@ -109,9 +114,11 @@ class Coordinator:
         self.incarnation = self._ledger.begin(kept.version, kept.step, kept.num_drawn, kept.in_flight)
         self.version, self._num_drawn, self.surveys.num_tasks = kept.version, kept.num_drawn, kept.num_surveyed
         self._filtered, self.surveys.completed = kept.filtered, kept.evaluations
+        self._temperature = kept.temperature
         self._ends.update({end: count for end, count in self._ledger.counts().items() if end in ENDS})
         if kept.prompts is not None:
             self._prompts.restore(kept.prompts)
+        self._recount()
         self.tickets.settle(kept.version)
         for row in self._ledger.in_flight():
             self.tickets.acquire(row["group_id"])
@@ -125,6 +132,16 @@ class Coordinator:
             self.evaluate(name, "eval", False, now)
         return self.incarnation
 
+    def _recount(self) -> None:
+        """The tally of what the ledger holds now."""
+        rows = self._ledger.judged()
+        self.tally = count(rows, self._config.curriculum.rates)
+        for row in rows:
+            if self._prompts.comes_again(row["domain"]):
+                prompt = self._prompts.prompt(row["domain"], row["prompt_index"])
+                rate = PassRate(prompt.domain, digest(prompt.text), prompt.index, row["solved"], row["judged"])
+                self.tally.judged(rate)
+
     def snapshot(self, step: int) -> bytes:
         """All that `begin` needs to go on from here. The ledger is on disk when this returns."""
         self._ledger.sync()
@@ -134,6 +151,7 @@ class Coordinator:
                 step=step,
                 num_drawn=self._num_drawn,
                 num_surveyed=self.surveys.num_tasks,
+                temperature=self._temperature,
                 prompts=self._prompts.state(),
                 in_flight=self._ledger.in_flight(),
                 waiting=[*self._taken.values(), *self.buffer.waiting()],
@@ -245,7 +263,7 @@ class Coordinator:
             return None
         with self._ledger.transaction():
             for waiting in overdue:
-                self._end(waiting.group.group_id, "expired", "every token is too old")
+                self._end(waiting.group.group_id, waiting.group.domain, "expired", "every token is too old")
             if taken is None:
                 return None
             self._taken.update((waiting.group.group_id, waiting) for waiting in taken)
@@ -264,8 +282,9 @@ class Coordinator:
         """A take became `trained.version`. Its tickets return when that is applied everywhere, also after a skipped
         update: the take has moved the learner on, so new groups at the old version would come too late."""
         for group_id in trained.group_ids:
-            del self._taken[group_id]
+            self.tally.end(self._taken.pop(group_id).group.domain, trained.end)
         self.version, self._filtered_before = trained.version, []
+        self._temperature = followed(self._config.generator, self._temperature, trained.entropy)
         self.tickets.hold(trained.group_ids, trained.version)
         self._ends[trained.end] += len(trained.group_ids)
         with self._ledger.transaction():
@@ -359,7 +378,8 @@ class Coordinator:
             return heapq.heappop(self._pending)[1]
         if self.tickets.num_free == 0:
             return None
-        task = self._training_task(self._num_drawn, *self._prompts.draw())
+        task = self._training_task(self._num_drawn, *self._prompts.draw(self.tally))
+        self.tally.drawn(task.prompt.domain)
         self.tickets.acquire(task.group_id)
         self._num_drawn += 1
         return task
@@ -375,7 +395,10 @@ class Coordinator:
         return True
 
     def _training_task(self, group_id: int, domain: str, index: int) -> Task:
-        return Task("train", group_id, self._prompts.prompt(domain, index), *self._sampling["train"])
+        sampling, num_samples = samplings(self._schedule.at(self.version))["train"]
+        if self._temperature is not None:
+            sampling = msgspec.structs.replace(sampling, temperature=self._temperature)
+        return Task("train", group_id, self._prompts.prompt(domain, index), sampling, num_samples)
 
     def _probe_prompts(self) -> list[Prompt]:
         """Training prompts of every domain; the cursor stays where it is."""
@@ -417,7 +440,7 @@ class Coordinator:
         self._note(Lapsed(task.group_id, task.attempt, reason, given_up))
         self._ledger.returned(task.group_id, task.failures, task.generator, reason)
         if given_up:
-            self._end(task.group_id, "failed", f"{task.failures} attempts; the last: {reason}")
+            self._end(task.group_id, task.prompt.domain, "failed", f"{task.failures} attempts; the last: {reason}")
         else:
             heapq.heappush(self._pending, (task.group_id, task))
 
@@ -437,15 +460,25 @@ class Coordinator:
             self.surveys.add(task, group, now)
             return
         self._ledger.arrived(group)
-        end, reason = early_end(group, self._shape if self._config.algorithm.filter_uniform else None)
+        self._tell_tally(group, task.prompt)
+        filters = self._schedule.at(group.lease_version).algorithm.filter_uniform
+        end, reason = early_end(group, self._shape if filters else None)
         if end is None:
             self.buffer.admit(Waiting(group, now, self.version))
         else:
-            self._end(group.group_id, end, reason)
+            self._end(group.group_id, group.domain, end, reason)
 
-    def _end(self, group_id: int, end: End, reason: str) -> None:
+    def _tell_tally(self, group: Group, prompt: Prompt) -> None:
+        self.tally.arrived(group.domain, group.num_samples)
+        if self._prompts.comes_again(group.domain):
+            valid = [verdict for verdict in group.verdicts if not verdict.error]
+            solved = sum(verdict.solved for verdict in valid)
+            self.tally.judged(PassRate(prompt.domain, digest(prompt.text), prompt.index, solved, len(valid)))
+
+    def _end(self, group_id: int, domain: str, end: End, reason: str) -> None:
         """A group ends before any take."""
         self.tickets.release(group_id)
+        self.tally.end(domain, end)
         self._ends[end] += 1
         self._ledger.ended([group_id], end, reason)
         if end == "filtered":

@@ -49,7 +49,7 @@ from engine.schema import (
     Welcome,
     encode,
 )
-from engine.scores import shape_by
+from engine.scores import scheduled_shape
 from engine.snapshot import SNAPSHOT, digest
 from engine.stream import Hub, Link, Pump, Tap
 from engine.weights.segment import host_id
@@ -70,7 +70,7 @@ class CoordinatorLoop:
         self._ledger = Ledger(run.ledger)
         self._files = {path.name: path.read_bytes() for path in description(run.model)}
         prompts = Prompts(config, tokenizer.from_files(self._files))
-        shape = shape_by(config.algorithm)
+        shape = scheduled_shape(config)
         self._coordinator = Coordinator(config, prompts, self._ledger, shape, self._record)
         self._incarnation = self._coordinator.begin(time.monotonic(), snapshot)
         self._tap = Tap(run.stream / f"{self._incarnation:04d}.tap")
@@ -193,6 +193,7 @@ class CoordinatorLoop:
 
     def _on_finished(self, message: Finished, now: float) -> None:
         self._finished = message.reason
+        self._coordinator.tally.write(self._run.pass_rates)
         self._to_all(Stop(message.reason), now)
         self._link.send(Done(self._coordinator.state(now)))
 

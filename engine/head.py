@@ -76,13 +76,15 @@ class Reference:
 class Fused:
     """The compiled kernels, for a linear head without a bias: the logits never exist as a whole.
 
-    A method with a slot of which the kernels know nothing has its loss in plain torch, on their log-probabilities.
+    A method with a slot or a term of which the kernels know nothing has its loss in plain torch, on their
+    log-probabilities.
     """
 
     def __init__(self, module: nn.Module, temperature: float, method: Method):
         self._module, self._temperature, self._method = module, temperature, method
         divergence = method.divergence if method.needs_reference else None
-        self._recipe = ops.Recipe.of(method.surrogate, method.correction, divergence, method.entropy_coefficient)
+        slots = method.surrogate, method.correction, divergence, method.entropy_coefficient
+        self._recipe = None if method.imitation_coefficient else ops.Recipe.of(*slots)
 
     @staticmethod
     def memory(rows: int, vocab: int, width: int, device: str) -> int:
@@ -142,9 +144,13 @@ def head_of(module: nn.Module, backend: str, temperature: float, method: Method)
     return HEADS[backend](module, temperature, method)
 
 
+def is_matrix(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.bias is None
+
+
 def _obstacle(module: nn.Module) -> str:
     """Why the kernels cannot compute `module`; empty where they can."""
-    if type(module) is not nn.Linear or module.bias is not None:
+    if not is_matrix(module):
         return "the model's head is more than a matrix"
     device = module.weight.device.type
     built = device == "cpu" or (device == "cuda" and library.cuda_is_built())

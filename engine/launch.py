@@ -21,23 +21,25 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from engine import checkpoint, plan, tokenizer, warm_start
+from engine import checkpoint, plan, stages, tokenizer, warm_start
 from engine.algorithms.method import compose
 from engine.config import Config, ConfigError, Model, load
-from engine.learner import NonFinite
 from engine.learner_loop import Job, Mismatch, learn
 from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
+from engine.optimizer import NonFinite
 from engine.placement import Seat, check_devices, join_learners, rendezvous, seat
 from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, die_with_parent
 from engine.prompts import Prompts
 from engine.run_directory import RunDirectory, check_creatable, check_port, check_resumable, create, reopen
+from engine.schedule import Schedule
 from engine.scorer import check_rewards
 from engine.scores import shape_by
 from engine.stream import Silence
 from engine.weights import WeightsError
 
-RUN_KEY, ADDRESS_KEY, DONE_KEY = "leeway/run", "leeway/address", "leeway/done"  # in the ranks' store
+# In the ranks' store.
+RUN_KEY, STAGE_KEY, ADDRESS_KEY, DONE_KEY = "leeway/run", "leeway/stage", "leeway/address", "leeway/done"
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,9 +76,9 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(place.threads)
     transformers_logging.disable_progress_bar()
     stop = StopSignal(config.deadlines.stop_s)
-    run_rank = learner_rank if place.role == "learner" else generator_rank
     try:
-        return run_rank(config, place, stop, arguments.resume)
+        run(config, place, stop, arguments.resume)
+        return 0
     except ConfigError as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 2
@@ -91,20 +93,30 @@ def main(argv: list[str]) -> int:
 
 def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> None:
     """All that can be known before anything is made; on rank 0 alone. Raises `ConfigError`."""
-    compose(config.algorithm)
-    shape_by(config.algorithm)
-    check_rewards(config)
-    check_tracking(config)
     tokens = tokenizer.load(config.model)
-    prompts = Prompts(config, tokens)
     check_devices(config, place)
     check_port(config)
     if resume is None:
         check_creatable(config)
+    elif config.stages:
+        stages.check_resumable(Path(resume), config)
     else:
         check_resumable(Path(resume), config)
+    prompts = [check_method(stage, tokens) for stage in stages.configs(config)]
     if dry_run:
-        print(plan.describe(config, place, _build(config, config.model, tokens), prompts))
+        policy = _build(config, config.model, tokens)
+        for stage, its_prompts in zip(stages.configs(config), prompts, strict=True):
+            print(plan.describe(stage, place, policy, its_prompts), end="\n\n" if config.stages else "\n")
+
+
+def check_method(config: Config, tokens: PreTrainedTokenizerBase) -> Prompts:
+    """What differs from stage to stage; its prompts. Raises `ConfigError`."""
+    for entry in Schedule(config).configs:
+        compose(entry.algorithm)
+        shape_by(entry.algorithm)
+    check_rewards(config)
+    check_tracking(config)
+    return Prompts(config, tokens)
 
 
 def _build(config: Config, source: Model, tokens: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -133,8 +145,30 @@ def prepare(config: Config, stop: StopSignal) -> RunDirectory:
     return create(config, write_model)
 
 
-def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> int:
+def run(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> None:
+    """This rank's part of the job: of its one run, or of its stages one after the other."""
+    run_rank = learner_rank if place.role == "learner" else generator_rank
     store = rendezvous(place, config.deadlines.prepare_s)
+    if not config.stages:
+        run_rank(config, place, stop, resume, store)
+        return
+    if place.rank == 0:
+        root = stages.open_root(config, resume)
+        if store is not None:
+            store.set(RUN_KEY, str(root))
+            store.set(STAGE_KEY, str(stages.num_done(config, root)))
+    else:
+        assert store is not None
+        root = Path(store.get(RUN_KEY).decode())
+    first = stages.num_done(config, root) if store is None else int(store.get(STAGE_KEY))
+    for number, stage in list(enumerate(stages.configs(config, root)))[first:]:
+        if place.rank == 0:
+            print(f"stage {number + 1} of {len(config.stages)}: {stage.run.name}", flush=True)
+        its_store = None if store is None else dist.PrefixStore(f"stage-{number}", store)
+        run_rank(stage, place, stop, stages.to_resume(stage), its_store)
+
+
+def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None, store: dist.Store | None) -> None:
     if place.rank == 0:
         run = prepare(config, stop) if resume is None else reopen(Path(resume), config)
         if store is not None:
@@ -160,12 +194,10 @@ def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | No
         job.close()
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0
 
 
-def generator_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> int:
-    """Supervises one generator until the job ends."""
-    store = rendezvous(place, config.deadlines.prepare_s)
+def generator_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None, store: dist.Store | None) -> None:
+    """Supervises one generator until the run ends."""
     assert store is not None
     address = store.get(ADDRESS_KEY).decode()
     run = RunDirectory(Path(store.get(RUN_KEY).decode()))
@@ -178,7 +210,6 @@ def generator_rank(config: Config, place: Seat, stop: StopSignal, resume: str | 
     supervisor.stop(1.0)
     if supervisor.gave_up and not store.check([DONE_KEY]):
         raise supervisor.error()
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,23 +16,15 @@ from transformers import PreTrainedModel
 
 from engine import fusion, parallel
 from engine.algorithms.method import Method, Tokens, means
-from engine.config import Config
-from engine.config import Learner as LearnerConfig
-from engine.head import head_of
+from engine.config import Config, ConfigError
+from engine.critic import Critic
+from engine.head import head_of, is_matrix
 from engine.model import lm_head
+from engine.optimizer import NonFinite, adamw, descend, gradients, learning_rate, square_norm
 from engine.packer import MicroBatch, Update, pack
 from engine.policy import Batch, Policy, blocks, logprob, named_tensors, recompute_activations, with_advantage
+from engine.schedule import Schedule
 from engine.schema import Group
-
-SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rate, by the share of updates made
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-}
-
-
-class NonFinite(RuntimeError):
-    """Too many updates in a row had a loss or a gradient that is infinite or not a number."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +53,19 @@ class Learner:
         The batches of skipped updates are kept in `directory`.
         """
         self._config = config.learner
-        self._total_updates = config.run.steps * config.learner.updates_per_step
+        self._total_updates = (config.run.steps - config.critic.pretrain_steps) * config.learner.updates_per_step
         self._method = method
         self._device = torch.device(device)
         self._directory = directory
         self.version = self.steps = self.updates = self.bad_updates = self.bad_in_a_row = 0
         self._moved = False  # the present step has updated the policy already
-        penalised = method.needs_reference or method.needs_entropy
+        penalised = method.needs_reference or method.needs_entropy or method.imitation_coefficient != 0
         self._skips_idle = config.ops.health == "trained" and not penalised
         self.model = model
         nn.Module.to(model.eval(), self._device)  # eval: no dropout, as generators sample without it
         fusion.use(model, config.ops.backend)
         place = partial(self._place, config)
+        self.critic = Critic(config, model, method.advantages, device=self._device) if method.needs_critic else None
         self._reference = place(copy.deepcopy(model).requires_grad_(False)) if method.needs_reference else None
         if config.learner.activation_checkpointing:
             recompute_activations(model)
@@ -80,7 +73,11 @@ class Learner:
         self._optimizer = adamw(model, config.learner)
 
     def _place(self, config: Config, model: PreTrainedModel) -> Policy:
-        policy = Policy(model, head_of(lm_head(model), config.ops.backend, config.generator.temperature, self._method))
+        temperature = config.generator.temperature
+        head = head_of(lm_head(model), config.ops.backend, temperature, self._method)
+        if not is_matrix(lm_head(model)) and (Schedule(config).changes_temperature or config.generator.target_entropy):
+            raise ConfigError("generator.temperature: may not change, as the model's head is more than a matrix")
+        policy = Policy(model, head, temperature)
         if parallel.num_ranks() > 1 or self._device.type == "cuda":
             precision = {"mixed_precision": config.learner.mixed_precision, "exact_root": config.model.fp32_head}
             parallel.shard(policy, blocks(model), **precision)
@@ -91,18 +88,26 @@ class Learner:
     def step(self, updates: list[Update]) -> dict[str, float]:
         """Trains on one take and moves to the next version. Returns the step's metrics, equal on all ranks.
 
-        Raises `NonFinite` after `learner.max_bad_updates` skipped updates in a row.
+        The first `critic.pretrain_steps` steps train the critic alone. Raises `NonFinite` after
+        `learner.max_bad_updates` skipped updates in a row.
         """
         self._moved = False
-        proximals = self._proximals(updates)
-        outcomes = [self._update(update, old) for update, old in zip(updates, proximals, strict=True)]
+        figures: dict[str, float] = {}
+        outcomes: list[Outcome] = []
+        alone = self.critic is not None and self.critic.is_pretraining(self.steps)
+        if self.critic is not None:
+            updates, targets, figures = self.critic.appraise(updates, alone=alone)
+            figures |= self.critic.train(updates, targets)
+        if not alone:
+            proximals = self._proximals(updates)
+            outcomes = [self._update(update, old) for update, old in zip(updates, proximals, strict=True)]
         self.version += 1
         self.steps += 1
         tokens = {
             "num_tokens": sum(update.num_tokens for update in updates),
             "num_stale_tokens": sum(update.num_stale_tokens for update in updates),
         }
-        return summary(outcomes) | tokens | {"lr": self._optimizer.param_groups[0]["lr"]}
+        return summary(outcomes) | figures | tokens | {"lr": self._optimizer.param_groups[0]["lr"]}
 
     def _proximals(self, updates: list[Update]) -> list[list[Tensor | None]]:
         """The log-probabilities at the start of the step, by update and micro-batch; None where nothing needs them or
@@ -119,18 +124,17 @@ class Learner:
         total = torch.zeros((), device=self._device, dtype=torch.float64)
         for micro, proximal in zip(self._mine(update), proximals, strict=True):
             batch = self._batch(micro)
-            tokens = self._tokens(batch, proximal)
+            tokens = self._tokens(batch, proximal, update)
             loss, sums = self._policy(batch, tokens, num_tokens=update.num_tokens, num_sequences=update.num_sequences)
             loss.backward()
             names = list(sums)
             total = total + torch.stack([loss.detach(), *sums.values()]).double()
-        gradients = [parallel.shards(p.grad) for p in self._policy.parameters() if p.grad is not None]
-        square = torch.nn.utils.get_total_norm(gradients).double().square()
+        shards = gradients(self._policy)
         # The update's one wait for the device, and its one collective besides FSDP's.
-        square, loss, *values = parallel.summed(torch.cat([square.view(1), total])).tolist()
+        square, loss, *values = parallel.summed(torch.cat([square_norm(shards).view(1), total])).tolist()
         outcome = Outcome(loss, math.sqrt(square), dict(zip(names, values, strict=True)))
         if outcome.is_finite:
-            self._apply(gradients, outcome.grad_norm)
+            self._apply(shards, outcome.grad_norm)
         else:
             self._skip(update, outcome)
         return outcome
@@ -138,7 +142,7 @@ class Learner:
     def _batch(self, micro: MicroBatch) -> Batch:
         return Batch.of(micro, self._device, with_advantage(micro) if self._skips_idle else None)
 
-    def _tokens(self, batch: Batch, proximal: Tensor | None) -> Tokens:
+    def _tokens(self, batch: Batch, proximal: Tensor | None, update: Update) -> Tokens:
         """The batch's, with what the learner knows of the other policies."""
         reference = None if self._reference is None else logprob(self._reference, batch)
         return replace(
@@ -147,15 +151,12 @@ class Learner:
             reference=reference,
             staleness=self.version - batch.version,
             moved=self._moved,
+            solved=batch.solved[batch.tokens.sequence] / max(1, update.num_solved_tokens),
         )
 
-    def _apply(self, gradients: list[Tensor], norm: float) -> None:
-        if norm > self._config.clip_norm:
-            torch._foreach_mul_(gradients, self._config.clip_norm / norm)  # pyright: ignore[reportPrivateImportUsage]
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._config, self.updates, self._total_updates)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+    def _apply(self, shards: list[Tensor], norm: float) -> None:
+        rate = learning_rate(self._config, self.updates, self._total_updates)
+        descend(self._optimizer, shards, norm, self._config.clip_norm, rate)
         self.updates += 1
         self.bad_in_a_row = 0
         self._moved = True
@@ -210,10 +211,11 @@ class Learner:
             yield name, parallel.whole(tensor)
 
     def state(self) -> dict[str, Any]:
-        """Model, optimiser and reference, shards where sharded; names do not depend on the number of ranks."""
+        """Model, optimiser, reference and critic, shards where sharded; names do not depend on the number of ranks."""
         model, optimizer = torch_state.get_state_dict(self.model, self._optimizer)
         reference = {} if self._reference is None else torch_state.get_model_state_dict(self._reference.model)
-        return {"model": model, "optimizer": optimizer, "reference": reference}
+        critic = {} if self.critic is None else self.critic.state()
+        return {"model": model, "optimizer": optimizer, "reference": reference, "critic": critic}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes what `state` gave, possibly on another number of ranks."""
@@ -222,37 +224,17 @@ class Learner:
         )
         if self._reference is not None:
             torch_state.set_model_state_dict(self._reference.model, state["reference"])
-
-
-def adamw(model: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
-    """AdamW over `model`; matrices decay, vectors (norms and biases) do not."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    for p in matrices + vectors:  # else a checkpoint before the first step makes them, having counted a step
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-    return optimizer
-
-
-def learning_rate(config: LearnerConfig, updates: int, total: int) -> float:
-    """The rate of the update after `updates` ones: a linear rise over `warmup_steps`, then the schedule until
-    `total`."""
-    if updates < config.warmup_steps:
-        return config.lr * (updates + 1) / config.warmup_steps
-    progress = (updates - config.warmup_steps) / max(1, total - config.warmup_steps)
-    return config.lr * SCHEDULES[config.schedule](min(1.0, progress))
+        if self.critic is not None:
+            self.critic.load(state["critic"])
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, float]:
-    """One step's metrics from its updates; those that were skipped only count as such, unless all were."""
+    """One step's metrics from its updates; those that were skipped only count as such, unless all were.
+
+    Where the policy had none, because the critic trains alone, only that none was skipped.
+    """
+    if not outcomes:
+        return {"skipped_updates": 0}
     finite = [outcome for outcome in outcomes if outcome.is_finite]
     shown = finite or outcomes
     sums = {name: sum(outcome.sums[name] for outcome in shown) for name in shown[0].sums}

@@ -20,8 +20,9 @@ from engine.process import StopSignal, Supervisor
 from engine.progress import Progress
 from engine.rollouts import Rollouts
 from engine.run_directory import RunDirectory
+from engine.schedule import Schedule
 from engine.schema import Evaluation, Group, Taken, Trained
-from engine.scores import Shape, shape_by
+from engine.scores import Shape, left_out, scheduled_shape
 from engine.summary import records, summarise
 from engine.weights import Publisher
 
@@ -46,7 +47,7 @@ class Job:
         self.lead = seat.rank == 0
         self.started = time.monotonic()
         self.method = compose(config.algorithm)
-        self.shape = shape_by(config.algorithm)
+        self.shape = scheduled_shape(config)
         self.learner = Learner(config, policy, self.method, device=seat.device, directory=run.debug)
         if resume is not None:
             checkpoint.load(resume, self.learner)
@@ -108,7 +109,8 @@ class Job:
         report = self.learner.step(updates)
         skipped = report["skipped_updates"] == len(updates)
         end, reason = ("failed", "non-finite update") if skipped else ("trained", "")
-        self.rollouts.trained(Trained(self.learner.version, [group.group_id for group in taken.groups], end, reason))
+        group_ids = [group.group_id for group in taken.groups]
+        self.rollouts.trained(Trained(self.learner.version, group_ids, end, reason, report.get("entropy")))
         stale = sum(update.num_stale_tokens for update in updates)
         trained = sum(update.num_tokens for update in updates) - stale
         oldest = {"trained_staleness_max": trained_staleness(updates, version)}
@@ -227,6 +229,7 @@ class Job:
 
 def prepare(config: Config, method: Method, shape: Shape, groups: list[Group], version: int) -> list[Update]:
     """What the learner at `version` makes of the groups of one take."""
+    schedule = Schedule(config)
     return pack(
         groups,
         advantages(method, shape, groups),
@@ -236,6 +239,7 @@ def prepare(config: Config, method: Method, shape: Shape, groups: list[Group], v
         budget=config.learner.tokens_per_micro_batch,
         share_prefix=config.learner.share_prefix,
         num_updates=config.learner.updates_per_step,
+        left_out=[left_out(schedule, group) for group in groups],
     )
 
 
@@ -267,6 +271,8 @@ def learn(job: Job) -> None:
         job.record(taken, waited_s, report | spent)
         if learner.version == config.run.steps:  # the last one is saved and measured below
             break
+        if learner.version == config.critic.pretrain_steps and learner.critic is not None:
+            learner.critic.export(job.run.critic)
         if learner.version % config.checkpoint.every == 0:
             job.save()
         if job.holds_out and config.evaluation.every and learner.version % config.evaluation.every == 0:

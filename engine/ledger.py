@@ -196,6 +196,16 @@ class Ledger:
             self._db.execute(f"DELETE FROM {table} WHERE {key} = ?", (row[key],))
             self.event(f"undone {table}", row.get("group_id"), row.get("version"), detail=_json(row))
 
+    def judged(self) -> list[dict[str, Any]]:
+        """Every group in the order of the draws: its row, and of its completions how many there are (`num_samples`),
+        how many of them were `judged` and how many `solved`."""
+        return self._rows(
+            "(SELECT groups.*, count(sample) AS num_samples, coalesce(sum(error = ''), 0) AS judged, "
+            "coalesce(sum(error = '' AND solved), 0) AS solved FROM groups LEFT JOIN completions USING (group_id) "
+            "GROUP BY group_id ORDER BY group_id)",
+            (),
+        )
+
     # ---- accounts
 
     def counts(self) -> dict[str, int]:

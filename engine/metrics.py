@@ -9,6 +9,7 @@ accuracy, accuracy/DOMAIN     share      of them that solved their task
 num_invalid                   count      completions beyond judgement: in no figure here but the lengths
 num_invalid/DOMAIN            count      of them those of one domain
 COST/DOMAIN                   -          what a judgement took on average, by the reward's name for it: judge_s
+temperature                   -          mean of the completions'
 length, length_max            tokens     mean and longest completion
 truncated                     share      completions cut off at the token limit
 staleness, staleness_max      versions   mean and largest age of a token: version trained at - version sampled by
@@ -32,6 +33,11 @@ ratio, weight                 ratio      mean rho; mean weight given by the corr
 clipped, rejected             share      tokens clipped by the loss; tokens given weight 0 by the correction
 kl                            nats       estimated divergence from the reference policy, where there is one
 entropy                       nats       of the policy's choice of a token, where the method measures it
+explained_variance            share      of its targets' variance that the critic's values explain, before its update
+value, value_target           score      means of the critic's values and of their targets
+value_loss                    score^2    half the mean square of their difference
+critic_grad_norm, critic_lr   -          gradient norm and learning rate of the critic
+critic_skipped_updates        count      of its updates, because loss or gradient was not finite
 loss, grad_norm, lr           -          mean loss; largest gradient norm before clipping; learning rate
 skipped_updates               count      updates left out because loss or gradient was not finite
 num_tokens                    tokens     that the policy chose in valid completions: the normaliser of `token_mean`
@@ -110,7 +116,9 @@ def _costs(verdicts: list[Verdict]) -> Record:
 
 def _lengths(groups: list[Group]) -> Record:
     lengths = [length for group in groups for length in group.lengths]
+    temperatures = [group.temperature for group in groups for _ in group.lengths]
     return {
+        "temperature": _mean(temperatures),
         "length": _mean(lengths),
         "length_max": max(lengths, default=0),
         "truncated": _mean([finish == "length" for group in groups for finish in group.finish]),

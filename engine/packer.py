@@ -30,10 +30,12 @@ class MicroBatch:
     sequence: np.ndarray  # int64 [N], the completion of each target: 0 .. num_sequences - 1, non-decreasing
     behaviour: np.ndarray  # float32 [N], log-probability under the weights that sampled it
     advantage: np.ndarray  # float32 [N]
+    temperature: np.ndarray  # float32 [N], at which it was sampled
     version: np.ndarray  # int32 [N], the weights that sampled it
     mask: np.ndarray  # float32 [N], 1 where the policy chose the token and it is fresh enough to train
     num_sequences: int
     lengths: np.ndarray  # int64 [num_sequences], tokens that the policy chose, stale ones included
+    solved: np.ndarray  # bool [num_sequences], the completion did its task
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Update:
     micro_batches: list[list[MicroBatch]]  # [rank][i], equally many on every rank and at least one
     num_tokens: int
     num_sequences: int
+    num_solved_tokens: int  # tokens among num_tokens of completions that did their task
     num_stale_tokens: int  # tokens among num_tokens that are masked for their age
 
 
@@ -60,11 +63,13 @@ class Batch:
     start: np.ndarray  # int64 [G + C], where each piece begins in `inputs`
     size: np.ndarray  # int64 [G + C], its tokens that are inputs: a completion's last is a target only
     position: np.ndarray  # int64 [G + C], of its first token in its sequence
-    valid: np.ndarray  # bool [C], its verdict did not fail and it holds a token which the policy chose
+    valid: np.ndarray  # bool [C], it is not left out and holds a token which the policy chose
+    solved: np.ndarray  # bool [C], it did its task
     num_chosen: np.ndarray  # int64 [C], tokens that the policy chose
     num_trained: np.ndarray  # int64 [C], those among them that are fresh
     behaviour: np.ndarray  # float32 [T]
     advantage: np.ndarray  # float32 [T]
+    temperature: np.ndarray  # float32 [T]
     version: np.ndarray  # int32 [T]
     mask: np.ndarray  # float32 [T], 1 where the policy chose the token and it is fresh
 
@@ -91,18 +96,22 @@ def pack(
     budget: int,
     share_prefix: bool,
     num_updates: int,
+    left_out: list[np.ndarray] | None = None,
 ) -> list[Update]:
     """`groups`, in order, as `num_updates` updates for a learner at `version`.
 
     `advantages[i]` is float32 [num_samples] or [T] of `groups[i]`. A token older than `max_staleness` versions gets
-    mask 0; completions whose verdict failed are left out. Every micro-batch holds at most `budget` input tokens. With
-    `share_prefix` a group's prompt is laid out once, or once for each part of a group that exceeds the budget.
+    mask 0; completions whose verdict failed or that `left_out`, bool [num_samples] a group, names are left out. Every
+    micro-batch holds at most `budget` input tokens. With `share_prefix` a group's prompt is laid out once, or once for
+    each part of a group that exceeds the budget.
 
     Raises `ValueError` for a sequence longer than the budget and for advantages of another length.
     """
     updates = []
+    dropped = [np.zeros(group.num_samples, bool) for group in groups] if left_out is None else left_out
     for part in np.array_split(np.arange(len(groups)), num_updates):
-        batch = _batch([groups[i] for i in part], [advantages[i] for i in part], version, max_staleness)
+        columns = ([column[i] for i in part] for column in (groups, advantages, dropped))
+        batch = _batch(*columns, version, max_staleness)
         trained = np.flatnonzero(batch.valid & (batch.num_trained > 0))
         units = (_share if share_prefix else _separate)(batch, trained, budget)
         updates.append(_update(batch, units, num_ranks, budget))
@@ -114,12 +123,15 @@ def fresh(group: Group, version: int, max_staleness: int) -> np.ndarray:
     return version - group.versions <= max_staleness
 
 
-def _batch(groups: list[Group], advantages: list[np.ndarray], version: int, max_staleness: int) -> Batch:
+def _batch(
+    groups: list[Group], advantages: list[np.ndarray], dropped: list[np.ndarray], version: int, max_staleness: int
+) -> Batch:
     per_token = [_per_token(group, advantage) for group, advantage in zip(groups, advantages, strict=True)]
     prompt = np.repeat(np.arange(len(groups)), [group.num_samples for group in groups])
     prompt_lengths = np.array([len(group.prompt_ids) for group in groups], np.int64)
     lengths = _flat([group.lengths for group in groups], np.int64)
-    failed = _flat([[bool(verdict.error) for verdict in group.verdicts] for group in groups], bool)
+    verdicts = [verdict for group in groups for verdict in group.verdicts]
+    failed = np.array([bool(verdict.error) for verdict in verdicts], bool) | _flat(dropped, bool)
     chosen = _flat([group.loss_mask for group in groups], np.uint8).astype(bool)
     trained = chosen & _flat([fresh(group, version, max_staleness) for group in groups], bool)
     num_chosen = _sums(chosen, lengths)
@@ -130,10 +142,12 @@ def _batch(groups: list[Group], advantages: list[np.ndarray], version: int, max_
         size=np.append(prompt_lengths, lengths - 1),
         position=np.append(np.zeros_like(prompt_lengths), prompt_lengths[prompt]),
         valid=~failed & (num_chosen > 0),
+        solved=np.array([verdict.solved for verdict in verdicts], bool),
         num_chosen=num_chosen,
         num_trained=_sums(trained, lengths),
         behaviour=_flat([group.logprobs for group in groups], np.float32),
         advantage=_flat(per_token, np.float32),
+        temperature=_flat([np.full(len(each.token_ids), each.temperature, np.float32) for each in groups], np.float32),
         version=_flat([group.versions for group in groups], np.int32),
         mask=trained.astype(np.float32),
     )
@@ -190,6 +204,7 @@ def _update(batch: Batch, units: list[np.ndarray], num_ranks: int, budget: int) 
         micro_batches=[[_micro_batch(batch, _flat(each, np.int64)) for each in mine] for mine in bins],
         num_tokens=int(batch.num_chosen[batch.valid].sum()),
         num_sequences=int(batch.valid.sum()),
+        num_solved_tokens=int(batch.num_chosen[batch.valid & batch.solved].sum()),
         num_stale_tokens=int((batch.num_chosen - batch.num_trained)[batch.valid].sum()),
     )
 
@@ -209,7 +224,8 @@ def _micro_batch(batch: Batch, pieces: np.ndarray) -> MicroBatch:
     targets = _bounds(lengths)
     rows = np.arange(targets[-1]) + np.repeat(begins[~is_prompt] - 1 - targets[:-1], lengths)
     rows[targets[:-1]] = bounds[1:][is_prompt][unit[~is_prompt]] - 1  # the prompt's end predicts the first token
-    columns = (batch.inputs[num_prompt_tokens:], batch.behaviour, batch.advantage, batch.version, batch.mask)
+    facts = batch.behaviour, batch.advantage, batch.temperature, batch.version, batch.mask
+    columns = (batch.inputs[num_prompt_tokens:], *facts)
     chosen = gather(columns, batch.start[pieces[~is_prompt]] - num_prompt_tokens, targets)
     return MicroBatch(
         token_ids=token_ids,
@@ -218,9 +234,10 @@ def _micro_batch(batch: Batch, pieces: np.ndarray) -> MicroBatch:
         prefix=np.where(is_prompt, -1, segment[is_prompt][unit])[opens].astype(np.int32),
         rows=rows,
         sequence=np.repeat(np.arange(len(completions)), lengths),
-        **dict(zip(("targets", "behaviour", "advantage", "version", "mask"), chosen, strict=True)),
+        **dict(zip(("targets", "behaviour", "advantage", "temperature", "version", "mask"), chosen, strict=True)),
         num_sequences=len(completions),
         lengths=batch.num_chosen[completions],
+        solved=batch.solved[completions],
     )
 
 

@@ -30,7 +30,9 @@ class Batch:
     rows: Tensor  # int64 [N], the flat position whose logits predict each target, a part of the micro-batch's
     targets: Tensor  # int64 [N]
     tokens: Tokens
+    temperature: Tensor  # float [N], at which each target was sampled
     version: Tensor  # int32 [N], the weights that sampled each target
+    solved: Tensor  # bool [S], the completion did its task
 
     @classmethod
     def of(cls, micro: MicroBatch, device: torch.device, wanted: np.ndarray | None = None) -> "Batch":
@@ -61,7 +63,9 @@ class Batch:
                 sequence=tensor(micro.sequence[kept]),
                 lengths=tensor(micro.lengths),
             ),
+            temperature=tensor(micro.temperature[kept]),
             version=tensor(micro.version[kept]),
+            solved=tensor(micro.solved),
         )
 
 
@@ -72,16 +76,19 @@ class Policy(nn.Module):
     only; a head or a loss outside would see shards.
     """
 
-    def __init__(self, model: PreTrainedModel, head: Head):
+    def __init__(self, model: PreTrainedModel, head: Head, temperature: float):
+        """`head` divides logits by `temperature`; hidden states make up for what a token was sampled at otherwise."""
         super().__init__()
         self.model = model
         self._head = head
+        self._temperature = temperature
 
     def forward(self, batch: Batch, tokens: Tokens | None = None, **counts: int) -> Any:
         """(log-probability [N], entropy [N]) of the targets; or of `tokens`, the batch's with what else is known of
         them, (loss, sums): see `Method.loss`, which explains `counts`."""
         hidden = hidden_states(self.model, batch.token_ids, batch.position_ids, batch.layout)
         hidden = hidden.index_select(0, batch.rows)
+        hidden = hidden * (self._temperature / batch.temperature).to(hidden.dtype).unsqueeze(1)
         if tokens is None:
             return self._head.score(hidden, batch.targets)
         return self._head.loss(hidden, batch.targets, tokens, **counts)

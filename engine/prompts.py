@@ -1,7 +1,8 @@
 """The prompt cursor: which domain is next, and which of its prompts.
 
-All is a function of the seed and of how often each domain was drawn, so the cursor's state is a few numbers. What is
-held out for evaluation is the same under every seed and never met in training, across all domains.
+All is a function of the seed, of how often each domain was drawn and, where the curriculum asks for it, of what became
+of the draws before, so the cursor's state is a few numbers. What is held out for evaluation is the same under every
+seed and never met in training, across all domains.
 """
 
 import bisect
@@ -11,13 +12,20 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
+from engine.algorithms.mixtures import MIXTURES
+from engine.algorithms.slots import bind
 from engine.config import Config, ConfigError
 from engine.schema import Prompt
 from engine.sources import MAX_REDRAWS, Generated, Source, derive, open_source
+from engine.tally import Tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+NOTHING = Tally()  # before the first draw
 
 
 class Prompts:
@@ -27,7 +35,9 @@ class Prompts:
         self._seed = config.run.seed
         self._domains = {domain.name: domain for domain in config.domains}
         self._names = list(self._domains)
-        self._bounds = list(itertools.accumulate(domain.weight for domain in config.domains))
+        self._weights = np.array([domain.weight for domain in config.domains], np.float64)
+        self._curriculum = config.curriculum
+        self._mixture = bind("curriculum.mixture", config.curriculum.mixture, MIXTURES)
         self._num_draws = 0
         self._num_drawn = dict.fromkeys(self._names, 0)
         self._sources: dict[str, Source] = {}
@@ -39,14 +49,33 @@ class Prompts:
         for source in self._sources.values():
             source.restrict(texts)
 
-    def draw(self) -> tuple[str, int]:
-        """The next group's domain and the number of its prompt there; moves the cursor."""
-        point = random.Random(derive(self._seed, "draw", self._num_draws)).random() * self._bounds[-1]
-        name = self._names[bisect.bisect(self._bounds, point)]
-        index = self._num_drawn[name]
+    def draw(self, tally: Tally = NOTHING) -> tuple[str, int]:
+        """The next group's domain and the number of its prompt there; moves the cursor, past prompts that the
+        curriculum leaves out. Raises `ConfigError` where it leaves out all of the domain's."""
+        counts = (tally.rollouts, tally.trained, tally.ended, tally.in_flight)
+        columns = (np.array([count[name] for name in self._names], np.float64) for count in counts)
+        bounds = list(itertools.accumulate(self._mixture(self._weights, *columns).tolist()))
+        point = random.Random(derive(self._seed, "draw", self._num_draws)).random() * bounds[-1]
+        name = self._names[bisect.bisect(bounds, point)]
         self._num_draws += 1
-        self._num_drawn[name] += 1
-        return name, index
+        for _ in range(len(self._sources[name]) or 1):
+            index = self._num_drawn[name]
+            self._num_drawn[name] += 1
+            if self._is_wanted(name, index, tally):
+                return name, index
+        low, high = self._curriculum.pass_rate
+        raise ConfigError(f"curriculum.pass_rate = [{low}, {high}]: no prompt of domain {name!r} is left")
+
+    def _is_wanted(self, name: str, index: int, tally: Tally) -> bool:
+        low, high = self._curriculum.pass_rate
+        if (low, high) == (0.0, 1.0) or not self.comes_again(name):
+            return True
+        share = tally.share(name, self.prompt(name, index).text)
+        return share is None or low <= share <= high
+
+    def comes_again(self, domain: str) -> bool:
+        """Whether the domain's prompts are finitely many, so that what was learned of one may be of use later."""
+        return len(self._sources[domain]) > 0
 
     def prompt(self, domain: str, index: int) -> Prompt:
         """The training prompt `index` of `domain`."""

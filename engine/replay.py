@@ -30,7 +30,7 @@ from engine.placement import Seat, join_learners, rendezvous, seat
 from engine.policy import manifest_of
 from engine.run_directory import RunDirectory
 from engine.schema import Ack, Group, Published, Result, Trained
-from engine.scores import shape_by
+from engine.scores import scheduled_shape
 from engine.weights.publish import write
 from engine.weights.segment import as_hex
 
@@ -47,7 +47,7 @@ class Replay:
         """(version, digest published, digest now) of every publish, in order."""
         for stretch in stretches:
             config = load_text(stretch.began.config)
-            method, shape = compose(config.algorithm), shape_by(config.algorithm)
+            method, shape = compose(config.algorithm), scheduled_shape(config)
             learner = self._learner = self._continue(config, method)
             results: dict[tuple[int, int], Group] = {}
             for record in history(stretch):

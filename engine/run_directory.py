@@ -23,8 +23,12 @@ PINNED = (
     "model",
     "warm_start",
     "domains",
+    "curriculum",
+    "schedule",
     "algorithm",
+    "critic",
     "generator.temperature",
+    "generator.target_entropy",
     "generator.stop",
     "learner.lr",
     "learner.betas",
@@ -39,8 +43,8 @@ PINNED = (
 
 class RunDirectory:
     """Paths of a run. `config.toml` as resolved, `data.json` (digests of the user's files), `ledger.db`,
-    `metrics.jsonl`, `stream/`, `checkpoints/`, `logs/`, `model/` (tokenizer and model configuration), `export/` and at
-    the end `summary.json`."""
+    `metrics.jsonl`, `stream/`, `checkpoints/`, `logs/`, `model/` (tokenizer and model configuration), `critic/` (as it
+    was when it had been trained alone), `export/` and at the end `summary.json`."""
 
     def __init__(self, path: Path):
         self.path = path.resolve()
@@ -49,11 +53,13 @@ class RunDirectory:
         self.ledger = self.path / "ledger.db"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
+        self.pass_rates = self.path / "pass_rates.jsonl"
         self.stream = self.path / "stream"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.model = self.path / "model"
         self.export = self.path / "export"
+        self.critic = self.path / "critic"
         self.debug = self.path / "debug"
         self.tensorboard = self.path / "tensorboard"
 
@@ -80,20 +86,25 @@ def create(config: Config, write_model: Callable[[Path], None] = lambda folder: 
 
     `write_model` fills its model/. config.toml comes last: a directory without it is no run to resume.
     """
-    if config.run.directory:
-        run = RunDirectory(Path(config.run.directory))
-        try:
-            run.path.mkdir(parents=True)
-        except FileExistsError as error:
-            raise _exists(config) from error
-    else:
-        run = _numbered(Path(config.run.root), config.run.name)
+    run = new_directory(config)
     for folder in (run.stream, run.checkpoints, run.logs, run.model):
         folder.mkdir()
     run.occupy()
     write_model(run.model)
     run.data.write_bytes(msgspec.json.encode(data_digests(config)))
     run.config.write_text(to_toml(config))
+    return run
+
+
+def new_directory(config: Config) -> RunDirectory:
+    """The named directory, which must not exist, or the next free number below `run.root`; empty."""
+    if not config.run.directory:
+        return _numbered(Path(config.run.root), config.run.name)
+    run = RunDirectory(Path(config.run.directory))
+    try:
+        run.path.mkdir(parents=True)
+    except FileExistsError as error:
+        raise _exists(config) from error
     return run
 
 

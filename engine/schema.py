@@ -215,6 +215,7 @@ class Trained(msgspec.Struct, tag=True, frozen=True):
     group_ids: list[int]
     end: End
     reason: str = ""
+    entropy: float | None = None  # nats a token of what was sampled, where the learner measured it
 
 
 class Published(msgspec.Struct, tag=True, frozen=True):

@@ -20,6 +20,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
     step: int = 0
     num_drawn: int = 0
     num_surveyed: int = 0
+    temperature: float | None = None  # of training, where it follows the entropy
     prompts: dict[str, Any] | None = None
     in_flight: list[dict[str, Any]] = []  # rows of the ledger
     waiting: list[Waiting] = []

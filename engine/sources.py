@@ -25,6 +25,7 @@ MAX_REDRAWS = 1000  # unusable prompts in a row before a generated domain is giv
 CHUNK = 1000  # items of one reasoning-gym data set; some tasks prepare all of theirs when made
 
 Row = dict[str, Any]
+Columns = dict[str, tuple[float, float]]  # by field: the least and the greatest value
 Draw = Callable[[int, int], Row]  # (seed, index) -> one row
 
 
@@ -43,6 +44,10 @@ class Source(Protocol):
 
     def prompt(self, index: int) -> Prompt:
         """The training prompt number `index`."""
+        ...
+
+    def __len__(self) -> int:
+        """How many there are before they come again; 0 where there is no end of them."""
         ...
 
 
@@ -103,6 +108,9 @@ class Rows:
         if not self._rows:
             raise ConfigError(f"{self._field}: every prompt is held out for evaluation; none is left for training")
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def prompt(self, index: int) -> Prompt:
         epoch, place = divmod(index, len(self._rows))
         if epoch not in self._orders:
@@ -135,6 +143,9 @@ class Generated:
                 raise ConfigError(f"{self._field}: {type(error).__name__}: {error}") from error
         self.prompt(0)
 
+    def __len__(self) -> int:
+        return 0
+
     def prompt(self, index: int) -> Prompt:
         return self._usable(self._seed, index)
 
@@ -159,13 +170,18 @@ class Generated:
 
 def open_source(config: Config, number: int, tokenizer: "PreTrainedTokenizerBase") -> Source:
     """The source of `domains.number`. Raises `ConfigError` for data that is missing, empty or unusable."""
-    domain = config.domains[number]
+    domain, columns = config.domains[number], config.curriculum.columns
     mould = Mould(tokenizer, domain, config.model.context)
-    return SOURCES[domain.source](f"domains.{number}", domain, mould, derive(config.run.seed, domain.name))
+    seed = derive(config.run.seed, domain.name)
+    if domain.source == "file":
+        return open_file(f"domains.{number}", domain, mould, seed, columns)
+    return SOURCES[domain.source](f"domains.{number}", domain, mould, seed)
 
 
-def open_file(field: str, domain: Domain, mould: Mould, seed: int) -> Source:
-    rows = read_rows(f"{field}.path", domain.path, domain.name, mould)
+def open_file(field: str, domain: Domain, mould: Mould, seed: int, columns: Columns) -> Source:
+    rows = within(read_rows(f"{field}.path", domain.path, domain.name, mould), columns)
+    if not rows:
+        raise ConfigError(f"curriculum.columns = {columns!r}: no row of {field}.path = {domain.path!r} lies within")
     held_out = read_rows(f"{field}.eval_path", domain.eval_path, domain.name, mould) if domain.eval_path else None
     return Rows(f"{field}.path = {domain.path!r}", rows, held_out, seed)
 
@@ -217,7 +233,6 @@ def open_callable(field: str, domain: Domain, mould: Mould, seed: int) -> Source
 
 
 SOURCES: dict[str, Callable[[str, Domain, Mould, int], Source]] = {
-    "file": open_file,
     "reasoning_gym": open_task,
     "callable": open_callable,
 }
@@ -258,6 +273,16 @@ def read_rows(field: str, path: str, domain: str, mould: Mould) -> list[Prompt]:
         others = ", ".join(sorted({str(row["domain"]) for row in rows}))
         raise ConfigError(f"{field}: no rows" + (f" of domain {domain!r}; there are {others}" if others else ""))
     return prompts
+
+
+def within(prompts: list[Prompt], columns: Columns) -> list[Prompt]:
+    """Those whose fields lie between the bounds in `columns`, as far as they have such fields."""
+
+    def fits(prompt: Prompt) -> bool:
+        bounds = ((prompt.fields[name], *columns[name]) for name in columns.keys() & prompt.fields.keys())
+        return all(low <= value <= high for value, low, high in bounds)
+
+    return [prompt for prompt in prompts if fits(prompt)]
 
 
 def read_jsonl(path: Path) -> list[Row]:

@@ -10,6 +10,7 @@ from engine.config import Config, parse
 from engine.coordinator import Coordinator, Note
 from engine.ledger import Ledger
 from engine.schema import Group, Lease, Prompt
+from engine.tally import Tally
 from rewards.verdict import Verdict
 
 
@@ -19,9 +20,12 @@ class CountingPrompts:
     def __init__(self) -> None:
         self.drawn = 0
 
-    def draw(self) -> tuple[str, int]:
+    def draw(self, tally: Tally) -> tuple[str, int]:
         self.drawn += 1
         return "a", self.drawn - 1
+
+    def comes_again(self, domain: str) -> bool:
+        return False
 
     def prompt(self, domain: str, index: int) -> Prompt:
         return Prompt(domain, index, np.array([index], np.int32), str(index), str(index))

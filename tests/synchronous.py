@@ -21,7 +21,7 @@ from engine.packer import pack
 from engine.process import StopSignal
 from engine.prompts import Prompts
 from engine.schema import Group, Lease, Prompt, Sampling
-from engine.scores import shape_by
+from engine.scores import shape_by, truncated
 from engine.warm_start import warm_start
 from rewards.table import Reward, resolve
 from rewards.verdict import Verdict
@@ -61,6 +61,7 @@ def train(config: Config, directory: Path) -> dict[str, torch.Tensor]:
                 budget=config.learner.tokens_per_micro_batch,
                 share_prefix=config.learner.share_prefix,
                 num_updates=config.learner.updates_per_step,
+                left_out=[truncated(group) for group in ordered] if config.algorithm.overlong_filter else None,
             )
         )
     return {name: tensor.clone() for name, tensor in learner.weights()}

@@ -18,8 +18,9 @@ from engine import head, policy
 from engine.algorithms.method import Method, compose
 from engine.attention import Layout
 from engine.config import Learner as LearnerConfig
-from engine.learner import Learner, NonFinite, learning_rate
+from engine.learner import Learner
 from engine.model import hidden_states, lm_head
+from engine.optimizer import NonFinite, learning_rate
 from engine.packer import Update
 from engine.schema import Group
 

@@ -239,8 +239,8 @@ def test_a_corrected_divergence_takes_its_ratio_against_the_proximal_policy():
         ({"kl": {"name": "k3"}}, "algorithm.kl.coefficient: k3 needs it"),
         ({"kl": {"name": "k4"}}, "algorithm.kl.name = 'k4': must be one of k1, k2, k3"),
         (
-            {"advantage": {"name": "gae"}},
-            "algorithm.advantage.name = 'gae': must be one of none, group_mean, group_norm,",
+            {"advantage": {"name": "gea"}},
+            "algorithm.advantage.name = 'gea': must be one of none, group_mean, group_norm,",
         ),
         ({"correction": {"name": "icepop", "low": 2}}, "algorithm.correction.low = 2: Expected 'float' <= 1.0"),
         ({"aggregate": {"name": "constant", "length": 0}}, "algorithm.aggregate.length = 0: Expected 'int' >= 1"),

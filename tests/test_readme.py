@@ -21,9 +21,11 @@ def test_every_named_slot_exists_and_every_slot_is_named():
     from engine.algorithms.corrections import CORRECTIONS
     from engine.algorithms.divergences import DIVERGENCES
     from engine.algorithms.losses import LOSSES
+    from engine.algorithms.mixtures import MIXTURES
     from engine.algorithms.penalties import PENALTIES
 
     tables = {
+        "mixture": MIXTURES,
         "advantage": ADVANTAGES,
         "correction": CORRECTIONS,
         "loss": LOSSES,

@@ -14,8 +14,8 @@ from engine.model import build
 from engine.policy import named_tensors
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-PLAIN = ["grpo", "dr_grpo", "dapo", "reinforce_plus_plus", "rloo", "cispo", "gspo", "tis", "icepop"]
-RECIPES = PLAIN
+PLAIN = ["grpo", "dr_grpo", "dapo", "reinforce_plus_plus", "rloo", "cispo", "gspo", "ppo", "tis", "icepop"]
+RECIPES = [*PLAIN, "vapo"]
 LONGEST = 65536  # tokens
 ROW = {"prompt": "12+30=", "answer": "42"}
 
@@ -66,11 +66,11 @@ def test_a_tiny_counterpart_has_the_recipes_method(name):
 
 
 def shape(value: Any) -> Any:
-    """A configuration without the numbers of tokens, which a tiny model has fewer of."""
+    """A configuration without the numbers that follow from the length of answers."""
     table = msgspec.to_builtins(value)
-    slots = [table["aggregate"], *table["penalties"]]
+    slots = [table["advantage"], table["aggregate"], *table["penalties"]]
     for slot in slots:
-        for key in {"length", "limit", "buffer"} & slot.keys():
+        for key in {"alpha", "length", "limit", "buffer"} & slot.keys():
             slot[key] = ...
     return table
 

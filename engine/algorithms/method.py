@@ -1,12 +1,13 @@
 """A method: one function from each slot, composed into the loss that the learner minimises.
 
-    loss = sum over tokens of  omega * (w * phi + beta * k - eta * H)
+    loss = sum over tokens of  omega * (w * phi + beta * k - eta * H)  -  mu * mean log pi of solved completions' tokens
 
     phi    surrogate   the policy gradient's loss of a token             losses.py
     w      correction  carries behaviour to proximal policy, detached    corrections.py
     k      divergence  estimate of KL(policy, reference)                 divergences.py
     omega  aggregate   what a token counts, normalised over the update   aggregates.py
     H      entropy of the token's distribution
+    mu     weight of the likelihood of what was right: VAPO, arXiv:2504.05118, sec. 4.3
 
 Three policies meet in it. The behaviour policy sampled the tokens, at whatever version each was sampled. The proximal
 policy is the learner's own at the start of the step; surrogates take their ratio against it. Without a correction
@@ -16,11 +17,12 @@ there is nothing to carry from one to the other, and behaviour stands in for pro
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.algorithms.advantages import ADVANTAGES
+from engine.algorithms.advantages import ADVANTAGES, BY_SEGMENT, BY_TOKEN
 from engine.algorithms.aggregates import AGGREGATES
 from engine.algorithms.corrections import CORRECTIONS, none
 from engine.algorithms.divergences import DIVERGENCES, k1
@@ -48,6 +50,7 @@ class Tokens:
     reference: Tensor | None = None  # float [N]
     staleness: Tensor | None = None  # int32 [N]: the learner's version less the token's; for `mismatch` alone
     moved: bool = False  # the policy was updated since its version was made: no token is its own any more
+    solved: Tensor | None = None  # float [N]: 1 / tokens of solved completions in the update for those tokens, else 0
 
     def completions(self, dtype: torch.dtype) -> Segments:
         return Segments(self.sequence, self.mask.to(dtype), len(self.lengths))
@@ -57,14 +60,17 @@ class Tokens:
 class Method:
     """One function from each slot, with its hyper-parameters bound; made by `compose`."""
 
-    advantages: Callable[[Tensor, Tensor], Tensor]  # (rewards [S], group int64 [S]) -> [S]
+    advantages: Callable[..., Any]  # see engine.algorithms.advantages
     correction: Callable[[Tensor, Tensor, Segments], Tensor]
     surrogate: Callable[[Tensor, Tensor, Tensor, Segments], Surrogate]
     aggregate: Callable[[Segments, Tensor, int, int], Tensor]
     divergence: Callable[[Tensor, Tensor, Tensor], Tensor]
     kl_coefficient: float  # beta, which `divergence` has multiplied in
     entropy_coefficient: float  # eta
+    imitation_coefficient: float  # mu
     needs_proximal: bool  # the learner's own log-probabilities at the start of the step
+    needs_segments: bool  # advantages are by segment
+    needs_critic: bool  # advantages are by token, from a critic's values
 
     @property
     def needs_reference(self) -> bool:
@@ -101,7 +107,12 @@ class Method:
             penalised = penalised - self.entropy_coefficient * entropy
         if entropy is not None:
             health["entropy"] = entropy
-        return (omega * penalised).sum(), _sums(health, completions.mask)
+        loss = (omega * penalised).sum()
+        if self.imitation_coefficient != 0:
+            assert tokens.solved is not None, "this method needs to know what was solved"
+            imitated = -(tokens.solved * completions.mask * logprob).sum()
+            loss = loss + self.imitation_coefficient * imitated
+        return loss, _sums(health, completions.mask)
 
     def _proximal(self, logprob: Tensor, tokens: Tokens) -> Tensor:
         if not self.needs_proximal:
@@ -156,13 +167,17 @@ def compose(config: Algorithm) -> Method:
         line = "algorithm.kl.name = 'k1': has no gradient on average unless corrected; k2 and k3 do"
         warnings.warn(line, stacklevel=2)
     correction = bind("algorithm.correction", config.correction, CORRECTIONS)
+    advantages = bind("algorithm.advantage", config.advantage, ADVANTAGES)
     return Method(
-        advantages=bind("algorithm.advantage", config.advantage, ADVANTAGES),
+        advantages=advantages,
         correction=correction,
         surrogate=bind("algorithm.loss", config.loss, LOSSES),
         aggregate=bind("algorithm.aggregate", config.aggregate, AGGREGATES),
         divergence=divergence,
         kl_coefficient=kl_coefficient,
         entropy_coefficient=config.entropy,
+        imitation_coefficient=config.imitation,
         needs_proximal=correction.func is not none,
+        needs_segments=advantages.func in BY_SEGMENT.values(),
+        needs_critic=advantages.func in BY_TOKEN.values(),
     )

@@ -1,14 +1,16 @@
 """Changes to the rewards of one group's completions, made on the learner's side: the record keeps the raw scores.
 
-Each function takes, for n completions of one prompt, the scores (float64 [n]), lengths in tokens (int64 [n]), whether
-each was cut off at the token limit and whether it solved the task (bool [n]), and returns new scores.
+They are made when the group is complete and before it may be filtered for being uniform: a group that was solved as a
+whole can still teach to be brief. Each function takes, for n valid completions of one prompt, the scores (float64 [n]),
+lengths in tokens (int64 [n]), whether each was cut off at the token limit and whether it solved the task (bool [n]),
+and returns new scores.
 """
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from engine.algorithms.slots import Count, Positive, bind
+from engine.algorithms.slots import Count, NonNegative, Positive, bind
 from engine.config import Slot
 
 Penalty = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -23,6 +25,26 @@ def overlong(
     arXiv:2503.14476.
     """
     return scores - np.clip((lengths - (limit - buffer)) / buffer, 0.0, 1.0)
+
+
+def difficulty_aware(
+    scores: np.ndarray,
+    lengths: np.ndarray,
+    truncated: np.ndarray,
+    solved: np.ndarray,
+    *,
+    limit: Count,
+    buffer: Count,
+    gamma: Positive = 1.0,
+    failed: NonNegative = 1.0,
+) -> np.ndarray:
+    """score - weight * clip((length - (limit - buffer)) / buffer, 0, 1).
+
+    `overlong` with a weight for each completion: s^gamma where it is solved, s the share of the group that is, so that
+    hard prompts may take long; `failed` where it is not; 1 where it was cut off. Apriel-Reasoner, arXiv:2604.02007.
+    """
+    weight = np.where(truncated, 1.0, np.where(solved, solved.mean() ** gamma, failed))
+    return scores + weight * (overlong(scores, lengths, truncated, solved, limit=limit, buffer=buffer) - scores)
 
 
 def truncated_zero(scores: np.ndarray, lengths: np.ndarray, truncated: np.ndarray, solved: np.ndarray) -> np.ndarray:
@@ -45,7 +67,12 @@ def length(
     return scores + weight * np.where(solved, x, np.minimum(x, 0.0))
 
 
-PENALTIES = {"overlong": overlong, "truncated_zero": truncated_zero, "length": length}
+PENALTIES = {
+    "overlong": overlong,
+    "difficulty_aware": difficulty_aware,
+    "truncated_zero": truncated_zero,
+    "length": length,
+}
 
 
 def compose_penalties(slots: Sequence[Slot]) -> Penalty:

@@ -17,6 +17,7 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 UpToOne = Annotated[float, msgspec.Meta(ge=0, le=1)]
 FromOne = Annotated[float, msgspec.Meta(ge=1)]
+Share = UpToOne
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 

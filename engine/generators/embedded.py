@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from engine.generators.base import Sampled
 from engine.generators.kv_cache import KVCache, Step
 from engine.generators.sampling import draw, stream_key, uniform
 from engine.model import from_description, hidden_states, lm_head, widen_head
+from engine.schedule import Schedule
 from engine.schema import Finish, Kind, Lease
 from engine.tokenizer import decode
 
@@ -360,7 +362,7 @@ def from_files(config: Config, files: dict[str, bytes], tokenizer: "PreTrainedTo
     stop_ids = [number for entry in ids for number in (entry if isinstance(entry, list) else [entry])]
     return Embedded(
         model,
-        config.generator,
+        msgspec.structs.replace(config.generator, max_new_tokens=Schedule(config).longest_answer),
         context=config.model.context,
         stop_ids=[number for number in stop_ids if number is not None],
         text=lambda token_ids: decode(tokenizer, token_ids),
