@@ -17,6 +17,8 @@ def advantages(method: Method, shape: Shape, groups: list[Group]) -> list[np.nda
     """
     if method.needs_critic:
         return [token_rewards(group, shape(group)) for group in groups]
+    if method.needs_segments:
+        return segment_advantages(method, groups)
     valid = [np.array([not verdict.error for verdict in group.verdicts], bool) for group in groups]
     scores = np.concatenate([shape(group)[kept] for group, kept in zip(groups, valid, strict=True)])
     sizes = [int(kept.sum()) for kept in valid]
@@ -25,6 +27,38 @@ def advantages(method: Method, shape: Shape, groups: list[Group]) -> list[np.nda
     result = [np.zeros(len(kept), np.float32) for kept in valid]
     for advantage, kept, mine in zip(result, valid, np.split(values, np.cumsum(sizes[:-1])), strict=True):
         advantage[kept] = mine
+    return result
+
+
+def segment_advantages(method: Method, groups: list[Group]) -> list[np.ndarray]:
+    """float32 [T] for each group: every token has its segment's advantage, 0 in a completion that was cut off.
+
+    The rewards' own scores of the segments count, without penalties. Raises `ValueError` for a valid completion whose
+    reward judged no segments.
+    """
+    judged = [
+        (number, sample, verdict)
+        for number, group in enumerate(groups)
+        for sample, verdict in enumerate(group.verdicts)
+        if not verdict.error
+    ]
+    for number, _, verdict in judged:
+        if not verdict.segments:
+            raise ValueError(
+                f"algorithm.advantage: judges segments, which the reward of domain {groups[number].domain!r} did not"
+            )
+    sizes = [len(verdict.segments) for _, _, verdict in judged]
+    scores = np.array([segment.score for _, _, verdict in judged for segment in verdict.segments], np.float64)
+    completion = np.repeat(np.arange(len(judged)), sizes)
+    group_of = np.array([number for number, _, _ in judged], np.int64)
+    values = method.advantages(*map(torch.from_numpy, (scores, completion, group_of))).float().numpy()
+    result = [np.zeros(len(group.token_ids), np.float32) for group in groups]
+    for (number, sample, _), mine in zip(judged, np.split(values, np.cumsum(sizes[:-1])), strict=True):
+        group = groups[number]
+        begin = sum(group.lengths[:sample])
+        if group.finish[sample] != "length":
+            tokens = np.diff(group.segment_ends[sample], prepend=0)
+            result[number][begin : begin + group.lengths[sample]] = np.repeat(mine, tokens)
     return result
 
 

@@ -1,11 +1,14 @@
+import math
 from pathlib import Path
 
 import fake_run
+import msgspec
 import pytest
 
 from engine.config import ConfigError
 from engine.coordinator import Coordinator
 from engine.schema import Failure, Granted, Heartbeat, Lapsed, Lease, Taken, Took, Trained
+from engine.task import followed
 
 
 def begun(tmp_path: Path, *, snapshot: bytes | None = None, **settings: float) -> Coordinator:
@@ -398,3 +401,56 @@ def test_decisions_are_noted_in_order(tmp_path: Path) -> None:
     coordinator.take(2, 0, 1.0)
     assert [type(note).__name__ for note in notes] == ["Granted", "Granted", "Ack", "Ack", "Took"]
     assert notes[-1] == Took(0, [0, 1])
+
+
+# ---- schedules ---------------------------------------------------------------------------------------------------
+
+
+def test_leases_follow_the_schedule_by_the_learners_version(tmp_path: Path) -> None:
+    entry = {"step": 1, "generator": {"temperature": 0.5, "max_new_tokens": 4}, "run": {"group_size": 3}}
+    settings = msgspec.structs.replace(fake_run.config(), schedule=[entry])
+    coordinator = fake_run.coordinator(settings, tmp_path)
+    coordinator.begin(0.0)
+    coordinator.published(0, 0.0)
+    leases = enter(coordinator, "g", 99)
+    assert {(lease.num_samples, lease.sampling.temperature, lease.sampling.max_new_tokens) for lease in leases} == {
+        (2, 1.0, 8)
+    }
+    give(coordinator, *leases)
+    step(coordinator, coordinator.take(2, 0, 2.0))
+    coordinator.applied("g", 0, 1, 2.0)
+    later = coordinator.grants(2.0)["g"]
+    assert {(lease.num_samples, lease.sampling.temperature, lease.sampling.max_new_tokens) for lease in later} == {
+        (3, 0.5, 4)
+    }
+
+
+def test_the_temperature_follows_the_entropy_also_over_a_resume(tmp_path: Path) -> None:
+    plain = fake_run.config()
+    generator = msgspec.structs.replace(plain.generator, target_entropy=0.3)
+    settings = msgspec.structs.replace(plain, generator=generator)
+    coordinator = fake_run.coordinator(settings, tmp_path)
+    coordinator.begin(0.0)
+    coordinator.published(0, 0.0)
+    leases = enter(coordinator, "g", 99)
+    assert {lease.sampling.temperature for lease in leases} == {1.0}
+    give(coordinator, *leases)
+    taken = coordinator.take(2, 0, 2.0)
+    assert taken is not None
+    group_ids = [group.group_id for group in taken.groups]
+    coordinator.trained(Trained(1, group_ids, "trained", entropy=0.8), 2.0)  # too high: cooler
+    coordinator.published(1, 2.0)
+    coordinator.applied("g", 0, 1, 2.0)
+    (cooler,) = {lease.sampling.temperature for lease in coordinator.grants(2.0)["g"]}
+    assert cooler == pytest.approx(math.exp(-0.2 * 0.5))
+    again = fake_run.coordinator(settings, tmp_path)
+    again.begin(3.0, coordinator.snapshot(1))
+    again.published(1, 3.0)
+    assert {lease.sampling.temperature for lease in enter(again, "h", 99, 3.0)} == {cooler}
+
+
+def test_the_temperature_keeps_within_bounds() -> None:
+    generator = msgspec.structs.replace(fake_run.config().generator, target_entropy=0.3, temperature=0.8)
+    assert followed(generator, None, None) is None
+    assert followed(generator, 1.59, 0.0) == 1.6
+    assert followed(generator, 0.41, 9.0) == 0.4

@@ -7,9 +7,10 @@ import pytest
 
 from engine.algorithms.method import Method, compose
 from engine.credit import advantages
+from engine.learner_loop import prepare
 from engine.schema import Group
 from engine.scores import shape_by
-from rewards.verdict import Verdict
+from rewards.verdict import Segment, Verdict
 
 FAILED = None
 
@@ -52,6 +53,66 @@ def test_group_without_any_judgement_is_left_at_zero() -> None:
 def test_normalised_advantages_have_deviation_one() -> None:
     (values,) = advantages(method("group_norm"), RAW, [group(3.0, FAILED, 1.0)])
     assert values == pytest.approx([1.0, 0.0, -1.0], abs=1e-5)
+
+
+# ---- by segment --------------------------------------------------------------------------------------------------
+
+
+def divided(*samples: tuple[list[tuple[int, float]], str], failed: tuple[int, ...] = ()) -> Group:
+    """Completions whose segments have so many tokens and such scores, and their finish."""
+    verdicts = [
+        Verdict.failed("no score")
+        if number in failed
+        else Verdict(0.5, False, segments=[Segment(0, s) for _, s in parts])
+        for number, (parts, _) in enumerate(samples)
+    ]
+    ends = [np.cumsum([size for size, _ in parts]).tolist() for parts, _ in samples]
+    lengths = [end[-1] for end in ends]
+    kinds = {"token_ids": np.int32, "loss_mask": np.uint8, "logprobs": np.float32, "versions": np.int32}
+    tokens = {name: np.ones(sum(lengths), kind) for name, kind in kinds.items()}
+    finish = [finish for _, finish in samples]
+    return msgspec.structs.replace(
+        learning.groups(1)[0], lengths=lengths, finish=finish, verdicts=verdicts, segment_ends=ends, **tokens
+    )
+
+
+def test_every_token_has_its_segments_advantage() -> None:
+    first = divided(([(2, 0.25), (1, 0.75)], "stop"), ([(3, 1.0)], "stop"))
+    second = divided(([(1, 0.5), (2, 0.0)], "stop"), ([(1, 0.0), (1, 1.0)], "stop"))
+    values = advantages(method("process_delta"), RAW, [first, second])
+    assert [each.tolist() for each in values] == [[-0.5, -0.5, 0.5, 0, 0, 0], [0.5, -0.5, -0.5, -1.0, 1.0]]
+    (ablated,) = advantages(method("process_group"), RAW, [second])
+    assert ablated.tolist() == [0.125, -0.375, -0.375, -0.375, 0.625]
+
+
+def test_what_the_judge_could_not_score_or_what_was_cut_off_has_no_advantage() -> None:
+    group = divided(([(1, 0.0), (2, 1.0)], "length"), ([(2, 0.0)], "stop"), ([(1, 0.0), (1, 0.5)], "stop"), failed=(1,))
+    (values,) = advantages(method("process_delta"), RAW, [group])
+    assert values.tolist() == [0, 0, 0, 0, 0, -0.5, 0.5]
+    config = learning.configure("algorithm.advantage={ name = 'process_delta' }")
+    (update,) = prepare(config, method("process_delta"), RAW, [group], version=0)
+    assert update.num_sequences == 2  # masked as a whole, not scored 0
+
+
+def test_a_reward_without_segments_is_refused() -> None:
+    with pytest.raises(ValueError, match="the reward of domain 'd' did not"):
+        advantages(method("process_delta"), RAW, [group(1.0, 0.0)])
+
+
+# ---- by token ----------------------------------------------------------------------------------------------------
+
+
+def test_a_critic_gets_the_score_at_the_last_token_that_the_policy_chose() -> None:
+    taken = msgspec.structs.replace(
+        learning.groups(1)[0],
+        lengths=[2, 3],
+        finish=["stop", "stop"],
+        verdicts=[Verdict(0.5, False), Verdict(2.0, True)],
+        token_ids=np.zeros(5, np.int32),
+        loss_mask=np.array([1, 1, 1, 1, 0], np.uint8),
+    )
+    (rewards,) = advantages(method("gae"), RAW, [taken])
+    assert rewards.tolist() == [0, 0.5, 0, 2.0, 0]
 
 
 def test_penalties_count_before_the_baseline() -> None:

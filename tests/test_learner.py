@@ -424,9 +424,10 @@ def test_mismatch_is_the_mean_distance_from_the_record(tmp_path: Path) -> None:
     learner = learning.learner(config, tmp_path)
     batch = []
     for group in learning.groups(3):
-        scores = torch.cat(alone(learner.model, group, 0.7)).detach().numpy()
-        shift = np.where(np.arange(len(scores)) % 2, 0.25, -0.25)
-        batch.append(msgspec.structs.replace(group, logprobs=(scores + shift).astype(np.float32)))
+        temperature = 0.7 + group.group_id / 4  # each group at its own, as a schedule may have it
+        scores = torch.cat(alone(learner.model, group, temperature)).detach().numpy()
+        shift = np.where(np.arange(len(scores)) % 2, 0.25, -0.25).astype(np.float32)
+        batch.append(msgspec.structs.replace(group, logprobs=shift + np.float32(scores), temperature=temperature))
     assert learner.mismatch(batch) == pytest.approx(0.25, abs=1e-6)
 
 

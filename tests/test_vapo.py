@@ -29,7 +29,7 @@ VAPO = (
     "algorithm.aggregate={ name = 'token_mean' }",
     "algorithm.imitation=0.1",
     "critic.pretrain_steps=2",
-    "critic.lr=0.05",
+    "critic.lr=0.02",
     "critic.clip_norm=1e9",
 )
 WITHOUT = {
@@ -89,7 +89,7 @@ class Reference:
     def pretrain(self, groups: list[Group]) -> None:
         """Each step regresses every value on the completion's reward."""
         parameters = [*self.backbone.parameters(), self.score]
-        optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
         for _ in range(self.config.critic.pretrain_steps):
             self.critic_loss(groups, lambda_critic=1.0).backward()
             optimizer.step()
