@@ -113,6 +113,7 @@ class Generator(Struct, kw_only=True):
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: Natural = 0  # of torch; 0: the host's cores divided among its processes
     reward_workers: Count = 1  # processes for rewards that compute; those that wait share one more
+    reward_memory_gb: Positive = 4.0  # of each of them; beyond it a reward raises MemoryError
 
 
 class Learner(Struct, kw_only=True):

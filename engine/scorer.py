@@ -26,8 +26,8 @@ class Scorer:
 
     def __init__(self, config: Config):
         rewards = {domain.name: (domain.reward, domain.reward_options) for domain in config.domains}
-        deadlines = config.deadlines
-        limits = Limits(deadlines.start_s, deadlines.reward_s, deadlines.judge_s)
+        deadlines, memory_gb = config.deadlines, config.generator.reward_memory_gb
+        limits = Limits(deadlines.start_s, deadlines.reward_s, deadlines.judge_s, memory_gb)
         self.pool = Pool(rewards, config.generator.reward_workers, limits)
         self.fileno, self.poll, self.close = self.pool.fileno, self.pool.poll, self.pool.close
 

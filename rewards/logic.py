@@ -29,8 +29,22 @@ def task_score(
     given = tagged(text)
     given = text.strip() if given is None else given
     key = msgspec.json.encode(options, order="sorted")
-    score = float(_dataset(task, key).score_answer(given, _entry(task, key, index)))
-    return Verdict(score, score >= 1.0, evidence={"parsed": brief(given), "expected": brief(answer)})
+    evidence = {"parsed": brief(given), "expected": brief(answer)}
+    item = _entry(task, key, index)
+    scorer = CORRECTED[task] if task in CORRECTED else _dataset(task, key).score_answer
+    try:
+        score = float(scorer(given, item))
+    except Exception as error:  # a scorer's own way to say that it cannot read the answer
+        score = 0.0
+        evidence["error"] = brief(f"{type(error).__name__}: {error}")
+    return Verdict(score, score >= 1.0, evidence=evidence)
+
+
+def same_word(given: str, item: dict[str, Any]) -> float:
+    return float(given.strip().lower() == str(item["answer"]).lower())
+
+
+CORRECTED = {"game_of_life_halting": same_word}  # its scorer gives 1 for every text
 
 
 def entry(task: str, options: dict[str, Any], index: int) -> dict[str, Any]:

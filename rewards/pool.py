@@ -24,15 +24,17 @@ from rewards.worker import MAX_MESSAGE, Bear, Died, Judged, Kill, Loaded, Reward
 
 MAX_FAILED_STARTS = 3  # nurseries in a row that never loaded the rewards
 EXIT_S = 1.0  # between a process's last word and its exit code
+KILL_S = 10.0  # between a kill and the exit code; one with much memory takes its time
 WIDTH = 16  # groups that the wide worker has under way
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Deadlines in seconds: to load the rewards; for one completion; for one whose reward waits."""
+    """Seconds to load the rewards, for one completion, for one whose reward waits; a worker's memory."""
 
     start_s: float = 180.0
     reward_s: float = 10.0
     wait_s: float = 600.0
+    memory_gb: float = 4.0
 
 
 class Job:
@@ -87,7 +89,7 @@ class Pool:
     """
 
     def __init__(self, rewards: RewardTable, num_workers: int, limits: Limits):
-        self._setup = msgspec.msgpack.encode(Setup(rewards, limits.wait_s))
+        self._setup = msgspec.msgpack.encode(Setup(rewards, limits.wait_s, limits.memory_gb))
         self._num_workers, self._limits = num_workers, limits
         self._news = msgspec.msgpack.Decoder(Loaded | Died)
         self._judged = msgspec.msgpack.Decoder(Judged)
@@ -282,7 +284,7 @@ class Pool:
 
     def _bury(self, pid: int, grace_s: float) -> str:
         """Has a worker killed, if it does not end by itself within `grace_s`; says how it ended."""
-        for wait_s in (grace_s, EXIT_S):
+        for wait_s in (grace_s, KILL_S):
             ends = time.monotonic() + wait_s
             while pid not in self._codes and select.select([self._control], [], [], max(0, ends - time.monotonic()))[0]:
                 if self._read_news() is None:

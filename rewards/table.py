@@ -16,6 +16,7 @@ TABLE = {
     "exact": "rewards.exact:exact",
     "format": "rewards.format:matches",
     "instructions": "rewards.instructions:follows",
+    "judge": "rewards.judge:Judge",
     "math": "rewards.math:equals",
     "reasoning_gym": "rewards.logic:task_score",
     "sum": "rewards.terms:weighted_sum",

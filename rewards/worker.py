@@ -13,6 +13,7 @@ import gc
 import inspect
 import math
 import os
+import resource
 import select
 import signal
 import socket
@@ -35,10 +36,11 @@ RewardTable = dict[str, tuple[str, dict[str, Any]]]  # domain -> name and option
 
 
 class Setup(msgspec.Struct, array_like=True):
-    """The pool's first word to the nursery; `wait_s` is the time a reward that waits may take."""
+    """The pool's first word to the nursery: time that a reward may take which waits; memory of a worker."""
 
     rewards: RewardTable
     wait_s: float
+    memory_gb: float
 
 
 class Bear(msgspec.Struct, tag=True):
@@ -90,8 +92,8 @@ class Judged(msgspec.Struct, array_like=True):
 class Nursery:
     """Forks, kills and buries workers. It never runs a reward itself, so it always answers."""
 
-    def __init__(self, control: socket.socket, rewards: dict[str, Reward], wait_s: float):
-        self._control, self._rewards, self._wait_s = control, rewards, wait_s
+    def __init__(self, control: socket.socket, rewards: dict[str, Reward], setup: Setup):
+        self._control, self._rewards, self._setup = control, rewards, setup
         self._children: set[int] = set()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write)
@@ -130,7 +132,9 @@ class Nursery:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.close(self._wake_read)
             os.close(self._wake_write)
-            live(wide, descriptor, self._rewards, self._wait_s)
+            memory = round(self._setup.memory_gb * 2**30)
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+            live(wide, descriptor, self._rewards, self._setup.wait_s)
         with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpgid(pid, pid)  # both do it: neither knows who is first
         self._children.add(pid)
@@ -254,7 +258,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the pool closes us
     setup = msgspec.msgpack.decode(control.recv(MAX_MESSAGE), type=Setup)
     rewards = {domain: resolve(name, options) for domain, (name, options) in setup.rewards.items()}
-    nursery = Nursery(control, rewards, setup.wait_s)
+    nursery = Nursery(control, rewards, setup)
     control.send(msgspec.msgpack.encode(Loaded([domain for domain, reward in rewards.items() if waits(reward)])))
     die_with(0)  # from here on the end of the socket says that the parent died, and the workers' children die too
     gc.freeze()

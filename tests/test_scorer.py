@@ -37,6 +37,8 @@ def behave(prompt, completion, answer, **fields):
         os.kill(os.getpid(), signal.SIGKILL)
     if completion == "malformed":
         return Verdict(1.0, True, evidence={"number": 3})  # type: ignore[dict-item]
+    if completion == "hoard":
+        return float(len(bytearray(5 << 30)))
     if completion == "print":
         print("chatter", flush=True)
     if completion == "spawn":
@@ -115,6 +117,7 @@ def test_groups_come_back_whole_and_in_order_from_many_workers():
         ("raise", "KeyError: 'no such thing'"),
         ("nan", "the score is nan"),
         ("malformed", "ValidationError: Expected `str`, got `int` - at `$.evidence[...]`"),
+        ("hoard", "MemoryError: "),
         ("hang", "no word within 0.5 s (signal 9)"),
         ("exit", "its process died (exit code 3)"),
         ("kill", "its process died (signal 9)"),
@@ -296,15 +299,15 @@ def day(num_groups, group_size=8):
     this process and the nursery in MB."""
     bad = ["raise", "exit", "kill", "hang", "nan"]
     scorer = Scorer(make(workers=2))
-    scorer.pool._limits = Limits(reward_s=0.05)
+    scorer.pool._limits = Limits(reward_s=0.3)
     found, sizes = {}, []
     for key in range(num_groups):
         numbers = range(key * group_size, (key + 1) * group_size)
         texts = [bad[number // 20 % len(bad)] if number % 20 == 7 else ["yes", "no"][number % 2] for number in numbers]
         scorer.submit(key, prompt(), texts)
-        while key - len(found) > 20:
+        while key - len(found) > 10:
             found.update(scorer.poll(0.05))
-        if len(found) in (num_groups // 10, num_groups - 30):
+        if key in (num_groups // 10, num_groups - 1):
             sizes.append([resident_mb(pid) for pid in (os.getpid(), scorer.pool.pids[0])])
     while len(found) < num_groups:
         found.update(scorer.poll(0.05))
@@ -319,7 +322,7 @@ def children():
     return {task.read_text() for task in Path("/proc/self/task").glob("*/children") if task.read_text()}
 
 
-@pytest.mark.parametrize("num_groups", [250, pytest.param(2500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_groups", [60, pytest.param(2500, marks=pytest.mark.slow)])
 def test_a_day_of_bad_completions_is_all_accounted_for(num_groups):
     before = children()
     assert before == set()
