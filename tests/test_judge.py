@@ -6,12 +6,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import learning
+import msgspec
 import numpy as np
 import pytest
 from scripted_server import ScriptedServer
 
+from engine import config as configs
+from engine import tokenizer as tokenizers
+from engine.algorithms.method import compose
+from engine.config import Config
+from engine.credit import advantages
+from engine.prompts import Prompts
+from engine.schema import Prompt
+from engine.scorer import Scorer
+from engine.scores import shape_by
 from rewards.endpoint import Endpoint, EndpointError, Reply
 from rewards.judge import TEMPLATES, fill, read_rating, read_template, segment_ends
+from rewards.ngrams import ngrams
 from rewards.table import resolve
 from rewards.verdict import Segment, Verdict
 
@@ -287,3 +299,80 @@ def test_a_template_without_its_slots_is_refused(tmp_path):
     (tmp_path / "t.md").write_text("{problem} {attempt}")
     with pytest.raises(ValueError, match=r"has no \{reference\}"):
         read_template(str(tmp_path / "t.md"))
+
+
+# ---- within the engine -----------------------------------------------------------------------------------------
+
+PROOFS = [
+    (f"Show that {n} is even or odd.", f"Divide {n} by two with remainder; the remainder {n % 2} decides between them.")
+    for n in range(30)
+]
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def proofs(seed: int, index: int) -> dict[str, Any]:
+    problem, reference = PROOFS[(seed + index) % len(PROOFS)]
+    return {"prompt": problem, "answer": reference, "reference": reference, "problem": problem}
+
+
+def configure(path: Path, url: str = "http://127.0.0.1:9/v1") -> Config:
+    path.write_text("".join(json.dumps(proofs(0, number)) + "\n" for number in range(len(PROOFS))))
+    shared = {"reward": "judge", "reward_options": {"url": url, "model": "m", "endpoint": FAST}, "eval_prompts": 3}
+    chat = [{"role": "user", "content": problem} for problem, _ in PROOFS]
+    (path.parent / "chat.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": [turn], "answer": 4, "reference": reference}) + "\n"
+            for turn, (_, reference) in zip(chat, PROOFS, strict=True)
+        )
+    )
+    return configs.parse({
+        "run": {"name": "t", "steps": 1, "groups_per_step": 1, "group_size": 4},
+        "model": {"init": {"model_type": "qwen3"}, "context": 200},
+        "domains": [
+            {"name": "rows", "source": "file", "path": str(path), "template": "Task: {prompt}", **shared},
+            {"name": "chat", "source": "file", "path": str(path.parent / "chat.jsonl"), "system": "Prove.", **shared},
+            {"name": "made", "source": "callable", "task": f"{__name__}:proofs", **shared | {"eval_prompts": 0}},
+        ],
+        "generator": {"max_new_tokens": 4},
+        "learner": {"tokens_per_micro_batch": 1000, "lr": 1e-3},
+    })
+
+
+def test_no_prompt_of_the_policy_holds_words_of_a_reference(tmp_path):
+    """Searched in the text of the tokens that a generator would get, of every domain, trained on or held out."""
+    tokenizer = tokenizers.make(configs.Tokenizer(alphabet="".join(map(chr, range(32, 127)))))
+    tokenizer.chat_template = CHAT
+    prompts = Prompts(configure(tmp_path / "rows.jsonl"), tokenizer)
+    seen = [*prompts.held_out(), *(prompts.prompt(*prompts.draw()) for _ in range(200))]
+    assert {prompt.domain for prompt in seen} == {"rows", "chat", "made"}
+    references = [ngrams(prompt.fields["reference"], 4) for prompt in seen]
+    assert all(len(runs) > 5 for runs in references)
+    texts = [ngrams(tokenizers.decode(tokenizer, prompt.token_ids), 4) for prompt in seen]
+    everywhere = set().union(*references)
+    assert not any(text & everywhere for text in texts)
+    assert ngrams("so: Divide 7 by two, with remainder!", 4) & everywhere  # the search finds what is there
+
+
+def test_a_group_without_a_rating_carries_no_gradient_and_one_with_a_rating_does(tmp_path):
+    """From the server's answers to the advantages: masked is not the same as 0."""
+
+    def script(text: str, _: int) -> Any:
+        return "no idea" if "lost" in text else "Score: 5" if "good" in text else "Score: 1"
+
+    with ScriptedServer(script, delay_s=0.02) as server:
+        config = configure(tmp_path / "rows.jsonl", server.url)
+        scorer = Scorer(config)
+        scorer.submit("group", Prompt("rows", 0, np.zeros(1, np.int32), *PROOFS[0]), ["good", "bad", "lost", "good"])
+        verdicts, ends = [], time.monotonic() + 30
+        while not verdicts and time.monotonic() < ends:
+            verdicts = [verdict for _, group in scorer.poll(0.1) for verdict in group]
+        scorer.close()
+    assert [verdict.error for verdict in verdicts] == ["", "", "the judge gave no rating", ""]
+    assert server.most == 4
+    group = msgspec.structs.replace(learning.groups(1)[0], verdicts=verdicts)
+    method = compose(learning.configure("algorithm.advantage={ name = 'group_mean' }").algorithm)
+    (values,) = advantages(method, shape_by(config.algorithm), [group])
+    assert values == pytest.approx([1 / 3, -2 / 3, 0.0, 1 / 3])
