@@ -12,4 +12,4 @@ def ngrams(text: str, n: int) -> set[int]:
     all its words where it has fewer."""
     words = WORD.findall(text.lower())
     runs = [words[start : start + n] for start in range(max(1, len(words) - n + 1))] if words else []
-    return {xxhash.xxh3_64_intdigest(" ".join(run)) for run in runs}
+    return {xxhash.xxh3_64_intdigest(" ".join(run).encode()) for run in runs}
