@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from descendants import descendants
 from hostile import ANSWER, ATTACKS, CHECKS, FAKES, PRIZE, SEARCHES
 
 from rewards.code.trial import sandbox
@@ -38,31 +39,13 @@ class Host:
         assert self.state() == self.before
         with pytest.raises(BlockingIOError):
             self.listener.accept()
-        assert len(tasks()) <= 2 * 4, "bubblewrap, its init, the runner: of two sandboxes at most"
+        ours = [name for name in descendants().values() if name != "sleep"]
+        assert len(ours) <= 2 * 3, "bubblewrap, its init and the runner, of two sandboxes at most"
 
     def close(self):
         self.process.kill()
         self.process.wait()
         self.listener.close()
-
-
-def tasks() -> list[str]:
-    """The processes below this one, by name."""
-    children: dict[int, list[int]] = {}
-    names = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            number, _, rest = path.read_text().partition(" (")
-        except OSError:
-            continue
-        name, _, rest = rest.rpartition(") ")
-        names[int(number)] = name
-        children.setdefault(int(rest.split()[1]), []).append(int(number))
-    found, below = [], [os.getpid()]
-    while below:
-        below = [child for parent in below for child in children.get(parent, [])]
-        found += [names[child] for child in below]
-    return [name for name in found if name != "sleep"]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,9 @@ from rewards.code import formats
 from rewards.code.comparison import TEXTS
 from rewards.code.trial import RAISED, Checker, Outcome, Rules, Trial, call, opened, sandbox
 from rewards.sandbox.bubblewrap import SandboxError
-from rewards.sandbox.sandbox import WALLS, Sandbox, sealed
+from rewards.sandbox.files import sealed
+from rewards.sandbox.launch import WALLS
+from rewards.sandbox.sandbox import Sandbox
 from rewards.table import load
 from rewards.verdict import Verdict
 
@@ -93,7 +95,7 @@ class Judge:
         box = sandbox(self._rules.sandbox, "judge")
         limits = self._rules.limits(self._rules.total_s)
         with opened(sealed(self._source.encode())) as (program,):
-            reply = call(box, program, "check", [given, output, expected], limits, LONGEST_JUDGEMENT)
-        if reply.end.code == RAISED:
-            raise ValueError(f"checker_code: {reply.failure['errors']}")
-        return bool(reply.value)
+            answers = call(box, program, "check", [[given, output, expected]], limits, [LONGEST_JUDGEMENT])
+        if answers.end.code == RAISED:
+            raise ValueError(f"checker_code: {answers.failure['errors']}")
+        return bool(answers.given and answers.given[0].value)

@@ -13,8 +13,9 @@ import msgspec
 from rewards.code import comparison
 from rewards.code.formats import Case, Problem
 from rewards.sandbox import values
+from rewards.sandbox.files import content, sealed, sink
 from rewards.sandbox.limits import COMPILER, MIB, Limits
-from rewards.sandbox.sandbox import End, Job, Sandbox, content, sealed, sink
+from rewards.sandbox.sandbox import End, Job, Sandbox
 from rewards.verdict import brief
 
 COMPILERS = {"cpp": ["g++", "-std=gnu++17", "-O2", "-w", "-x", "c++", "-", "-o", "main"]}
@@ -50,12 +51,22 @@ class Outcome(msgspec.Struct, frozen=True):
     evidence: dict[str, str] = {}
 
 
-class Reply(msgspec.Struct, frozen=True):
-    """Of one call: its value, or why there is none."""
+NO_TIME = Outcome(False, {"why": "no time left"})
 
-    end: End
+
+class Answer(msgspec.Struct, frozen=True):
+    """To one call: its value, or why there is none."""
+
     value: Any = None
     failure: dict[str, str] = {}
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """To the first of some calls, and how their process ended; `failure` says why there are no more."""
+
+    given: list[Answer]
+    end: End
+    failure: dict[str, str]
 
 
 @cache
@@ -97,9 +108,7 @@ class Trial:
         elif problem.check:
             yield self._check()
         else:
-            run = self._call if problem.entry else self._converse
-            for case in problem.cases:
-                yield run(case) if self._left_s() > 0 else Outcome(False, {"why": "no time left"})
+            yield from self._call_all(problem.cases) if problem.entry else map(self._converse, problem.cases)
 
     def _left_s(self) -> float:
         return self._end - time.monotonic()
@@ -122,6 +131,8 @@ class Trial:
 
     def _converse(self, case: Case) -> Outcome:
         """Standard input in, standard output out."""
+        if self._left_s() <= 0:
+            return NO_TIME
         kind = "binary" if self._rules.language in COMPILERS else "script"
         job = Job(kind=kind, limits=self._limits())
         with opened(sealed(case.given.encode()), sink(), sink()) as (given, output, errors):
@@ -140,15 +151,26 @@ class Trial:
             return bool(self._checker(case.given, text, case.expected))
         return comparison.TEXTS[rules.compare](text, case.expected, rules.tolerance)
 
-    def _call(self, case: Case) -> Outcome:
-        """Arguments in, value out, both as data."""
-        longest = comparison.longest(len(values.encode(case.expected)))
-        reply = call(self._box, self._program, self._problem.entry, case.given, self._limits(), longest)
-        if reply.failure:
-            return Outcome(False, reply.failure)
+    def _call_all(self, cases: list[Case]) -> Iterator[Outcome]:
+        """Arguments in, values out, both as data. One process takes as many calls as one test's time allows; where it
+        ends early, the next one begins with the call that it owes, which thus gets all of that time."""
+        while cases:
+            if self._left_s() <= 0:
+                yield from [NO_TIME] * len(cases)
+                return
+            arguments = [case.given for case in cases]
+            longest = [comparison.longest(len(values.encode(case.expected))) for case in cases]
+            answers = call(self._box, self._program, self._problem.entry, arguments, self._limits(), longest)
+            given = answers.given or [Answer(failure=answers.failure)]
+            yield from map(self._judge, cases, given)
+            cases = cases[len(given) :]
+
+    def _judge(self, case: Case, answer: Answer) -> Outcome:
+        if answer.failure:
+            return Outcome(False, answer.failure)
         allowed = [case.expected, *case.alternatives]
-        right = any(comparison.values(reply.value, each, self._rules.tolerance) for each in allowed)
-        return Outcome(True) if right else wrong(repr(reply.value), repr(case.expected))
+        right = any(comparison.values(answer.value, each, self._rules.tolerance) for each in allowed)
+        return Outcome(True) if right else wrong(repr(answer.value), repr(case.expected))
 
     def _check(self) -> Outcome:
         """The check runs in a sandbox of its own and calls the function in the other one; only arguments and values,
@@ -172,25 +194,31 @@ class Trial:
             return Outcome(False, explain(ours, errors) or explain(end, complaints))
 
 
-def call(box: Sandbox, program: int, entry: str, arguments: list[Any], limits: Limits, longest: int) -> Reply:
-    """Calls `entry` of a program with `arguments`. A value of more than `longest` bytes is not read."""
+def call(
+    box: Sandbox, program: int, entry: str, arguments: list[list[Any]], limits: Limits, longest: list[int]
+) -> Answers:
+    """Calls `entry` of a program in one process, with each of `arguments`. Of an answer with more than its `longest`
+    bytes nothing is read."""
     job = Job(kind="calls", entry=entry, limits=limits)
-    line = values.encode((arguments, {})) + "\n"
-    files = sealed(b""), sink(), sink(), sealed(line.encode()), sink()
-    with opened(*files) as (nothing, output, errors, calls, results):
+    lines = "".join(values.encode((each, {})) + "\n" for each in arguments)
+    with opened(sealed(b""), sink(), sink(), sealed(lines.encode()), sink()) as files:
+        nothing, output, errors, calls, results = files
         end = box.run(job, [nothing, output, errors, program, calls, results])
-        if failure := explain(end, errors):
-            return Reply(end, failure=failure)
-        written = content(results, longest + 1)
-        if len(written) > longest:
-            return Reply(end, failure={"why": "wrong answer", "given": "far too long"})
-        try:
-            kind, *rest = values.decode(written)
-        except (ValueError, TypeError) as error:
-            return Reply(end, failure={"why": f"no value: {error}"})
-        if kind == "return" and len(rest) == 1:
-            return Reply(end, value=rest[0])
-        return Reply(end, failure={"why": "raised", "errors": complaint(errors)})
+        whole = content(results, limits.file_bytes).split(b"\n")[:-1]
+        given = [_answer(line, most) for line, most in zip(whole, longest, strict=False)]
+        return Answers(given, end, explain(end, errors) or {"why": "no value"})
+
+
+def _answer(line: bytes, longest: int) -> Answer:
+    if len(line) > longest:
+        return Answer(failure={"why": "wrong answer", "given": "far too long"})
+    try:
+        kind, *rest = values.decode(line)
+    except (ValueError, TypeError) as error:
+        return Answer(failure={"why": f"no value: {brief(str(error))}"})
+    if kind == "return" and len(rest) == 1:
+        return Answer(value=rest[0])
+    return Answer(failure={"why": "raised", "errors": brief(": ".join(map(str, rest)), LONGEST_EVIDENCE)})
 
 
 def explain(end: End, errors: int, mark: str = "") -> dict[str, str]:

@@ -19,6 +19,7 @@ SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 FILES = ("/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 USERS = range(58_000, 59_000)  # within the 65,536 that a container has; taken by nobody's accounts
+OWN_NAMESPACE = ["--unshare-user", "--uid", "1000", "--gid", "1000"]
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",
@@ -51,13 +52,13 @@ def packages() -> list[str]:
     return list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
 
 
-def command(filter_fd: int, own_namespace: bool) -> list[str]:
+def command(filter_fd: int, info_fd: int, own_namespace: bool) -> list[str]:
     """bwrap up to the program to start: namespaces of its own, no network, nothing to write to but a bounded /tmp.
 
     `own_namespace` makes a namespace of users too, which is how it works for others than root.
     """
     words = [program(), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
-    words += ["--unshare-user"] if own_namespace else ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    words += OWN_NAMESPACE if own_namespace else ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     words += ["--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"]
     for name, value in ENVIRONMENT.items():
         words += ["--setenv", name, value]
@@ -74,7 +75,7 @@ def command(filter_fd: int, own_namespace: bool) -> list[str]:
     words += ["--ro-bind", str(HERE), INSIDE]
     words += ["--symlink", "/tmp/stdin", "/dev/stdin"]
     words += ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    words += ["--remount-ro", "/", "--seccomp", str(filter_fd)]
+    words += ["--remount-ro", "/", "--seccomp", str(filter_fd), "--info-fd", str(info_fd)]
     return [*words, "--", *python(), f"{INSIDE}/runner.py"]
 
 

@@ -1,0 +1,117 @@
+"""Starts what a sandbox consists of, and ends it."""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import msgspec
+
+from rewards.sandbox import bubblewrap, calls
+from rewards.sandbox.bubblewrap import SandboxError
+from rewards.sandbox.files import content, sealed, sink
+
+START_S = 20.0
+END_S = 10.0
+LONGEST_MESSAGE = 1 << 17
+
+
+def start_bubblewrap(resources: ExitStack) -> socket.socket:
+    """As root, root makes the walls and programs run as a user of their own; failing that, and for others, a namespace
+    of users makes them possible. Raises `SandboxError` where neither works."""
+    problems = []
+    for own_namespace in (False, True) if os.geteuid() == 0 else (True,):
+        with ExitStack() as attempt:
+            try:
+                control = _start_within(attempt, own_namespace)
+            except (SandboxError, OSError) as error:
+                problems.append(str(error))
+                continue
+            resources.push(attempt.pop_all())
+            return control
+    raise SandboxError("bubblewrap cannot make a sandbox here: " + "; ".join(problems))
+
+
+def start_unsafe(resources: ExitStack) -> socket.socket:
+    """No walls: the same runner with the rights of whoever started it, bounds and system-call filter apart."""
+    folder = resources.enter_context(tempfile.TemporaryDirectory())
+    words = [*bubblewrap.python(), str(bubblewrap.HERE / "runner.py")]
+    control, _ = _launch(resources, words, 0, [], cwd=folder, env=bubblewrap.ENVIRONMENT)
+    return control
+
+
+WALLS: dict[str, Callable[[ExitStack], socket.socket]] = {"bubblewrap": start_bubblewrap, "unsafe": start_unsafe}
+
+
+def receive(control: socket.socket, timeout_s: float) -> bytes | None:
+    """The next message: empty when the other side has ended, None when nothing came in time."""
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    if not poll.poll(timeout_s * 1000):
+        return None
+    try:
+        return control.recv(LONGEST_MESSAGE)
+    except ConnectionError:
+        return b""
+
+
+def _start_within(resources: ExitStack, own_namespace: bool) -> socket.socket:
+    code = resources.enter_context(open(sealed(calls.runner_filter()), "rb"))
+    info = resources.enter_context(open(sink(), "rb"))
+    words = bubblewrap.command(code.fileno(), info.fileno(), own_namespace)
+    inner_user, outer = 0, {}
+    if os.geteuid() == 0:
+        user, claim = bubblewrap.lease_user()
+        resources.enter_context(claim)
+        inner_user = 0 if own_namespace else user
+        outer = {"user": user, "group": user, "extra_groups": []} if own_namespace else {}
+    control, process = _launch(resources, words, inner_user, [code.fileno(), info.fileno()], **outer)
+    first = os.pidfd_open(json.loads(content(info.fileno(), LONGEST_MESSAGE))["child-pid"])
+    resources.callback(_end_namespace, process, first)
+    return control
+
+
+def _launch(
+    resources: ExitStack, words: list[str], inner_user: int, files: list[int], **options: Any
+) -> tuple[socket.socket, subprocess.Popen]:
+    """Starts `words` with the runner behind them and waits for its first word. Raises `SandboxError` with the last
+    words of one that does not come up."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    resources.enter_context(ours)
+    errors = resources.enter_context(open(sink(), "rb"))
+    with theirs:
+        process = subprocess.Popen(
+            [*words, str(theirs.fileno()), str(inner_user)],
+            pass_fds=[theirs.fileno(), *files],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            **options,
+        )
+    resources.callback(_kill, process)
+    setup = {"filter": calls.program_filter().hex(), "own_pid": calls.OWN_PID, "packages": bubblewrap.packages()}
+    with suppress(BrokenPipeError):
+        ours.send(msgspec.json.encode(setup))
+    if not receive(ours, START_S):
+        said = content(errors.fileno(), LONGEST_MESSAGE).decode(errors="replace").strip()
+        raise SandboxError(said or f"the runner did not start within {START_S:g} s")
+    return ours, process
+
+
+def _end_namespace(process: subprocess.Popen, first: int) -> None:
+    """Kills the `first` process of the sandbox. It is dead when all others in there are, and then bubblewrap ends."""
+    with suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+        signal.pidfd_send_signal(first, signal.SIGKILL)
+        process.wait(END_S)
+    os.close(first)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
