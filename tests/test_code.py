@@ -3,6 +3,7 @@
 import base64
 import json
 import pickle
+import time
 import zlib
 
 import pytest
@@ -220,7 +221,7 @@ def test_a_check_that_never_asks_does_not_pass(code):
         ('{"inputs": [], "outputs": []}', {}, "answer: there are no tests"),
         ("", {"input_output": '{"inputs": ["1"], "outputs": []}'}, "input_output: these are no tests"),
         ("", {"input_output": '{"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}'}, "no list of arguments"),
-        ("", {"test": "assert f(1)"}, "test: these are no tests: KeyError"),
+        ("", {"test": "assert f(1)"}, "test: these are no tests: ValueError: entry_point = None"),
         (
             "",
             {**LIVE_TEXT, "private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(print))).decode()},
@@ -306,3 +307,10 @@ def test_values_are_compared(given, expected, tolerance, right):
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         resolve("code", options)
+
+
+def test_programs_are_found_in_hostile_text_in_no_time():
+    for text in ("```" + "a" * 10**6, "```\n" * 10**5, " " * 10**6, ("```" + " " * 1000) * 1000, "`" * 10**6):
+        begin = time.process_time()
+        program(text, "python")
+        assert time.process_time() - begin < 1.0

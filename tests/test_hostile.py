@@ -4,14 +4,17 @@ where there is no bubblewrap, all of it fails."""
 import json
 import os
 import socket
+import stat
 import subprocess
 from pathlib import Path
 
 import pytest
-from descendants import descendants
 from hostile import ANSWER, ATTACKS, CHECKS, FAKES, PRIZE, SEARCHES
 
+from bench.descendants import descendants
 from rewards.code.trial import sandbox
+from rewards.sandbox.files import content
+from rewards.sandbox.sandbox import Sandbox
 from rewards.table import resolve
 
 OPTIONS = {"time_s": 0.4, "total_s": 1.5, "memory_mib": 256}
@@ -101,4 +104,61 @@ def test_a_fake_does_not_pass_a_check(code, host, fake, check):
     tests = {"test": CHECKS[check], "entry_point": "answer"}
     verdict = judge(code, host, FAKES[fake], **tests)
     assert verdict.score == 0.0 and not verdict.solved, verdict
+    host.check()
+
+
+def everything_sent(monkeypatch):
+    """The jobs and files that go into any sandbox from now on, with what they hold."""
+    sent = []
+    begin = Sandbox.begin
+
+    def spy(box, job, files):
+        held = [content(file, 1 << 20) for file in files if stat.S_ISREG(os.fstat(file).st_mode)]
+        sent.append((box, repr(job).encode() + b"".join(held)))
+        begin(box, job, files)
+
+    monkeypatch.setattr(Sandbox, "begin", spy)
+    return sent
+
+
+EXPECTED = {
+    "text": {"input_output": {"inputs": ["1"], "outputs": [ANSWER]}},
+    "value": {"input_output": {"inputs": [[1]], "outputs": [ANSWER], "fn_name": "answer"}},
+    "check": {"test": f"assert answer(1) == {ANSWER!r}", "entry_point": "answer"},
+    "checker": {
+        "input_output": {"inputs": ["1"], "outputs": [ANSWER]},
+        "checker_code": "def check(given, output, expected):\n    return output == expected",
+    },
+}
+
+
+@pytest.mark.parametrize("form", EXPECTED)
+def test_the_expected_output_never_enters_the_programs_sandbox(code, form, monkeypatch):
+    sent = everything_sent(monkeypatch)
+    verdict = code("", "```python\ndef answer(x): pass\nprint(1)\n```", "", **EXPECTED[form])
+    assert verdict.score == 0.0 and not verdict.error
+    ours = [held for box, held in sent if box is sandbox("bubblewrap", "program")]
+    assert len(ours) == 1 and b"def answer" in ours[0] and ANSWER.encode() not in ours[0]
+
+
+COMPILED = {
+    "fork": '#include <unistd.h>\n#include <cstdio>\nint main() { if (fork() >= 0) puts("pwned"); }',
+    "network": '#include <sys/socket.h>\n#include <cstdio>\nint main() { if (socket(2, 1, 0) >= 0) puts("pwned"); }',
+    "memory": '#include <cstdlib>\n#include <cstdio>\nint main() { if (malloc(1L << 30)) puts("pwned"); }',
+    "trace": "#include <sys/ptrace.h>\n#include <cstdio>\n"
+    'int main() { if (ptrace(PTRACE_TRACEME, 0, 0, 0) == 0) puts("pwned"); }',
+    "execution": '#include <unistd.h>\nint main() { execl("/bin/echo", "echo", "pwned", nullptr); }',
+    "a file of the host, included": '#include "CANARY"\nint main() {}',
+    "a file of the host, assembled": 'asm(".incbin \\"/proc/self/environ\\"");\nint main() {}',
+    "an endless compilation": "template <int n> struct F { F<n + 1> f; F<n + 2> g; };\nF<0> f;\nint main() {}",
+}
+
+
+@pytest.mark.parametrize("attack", COMPILED)
+def test_a_compiled_attack_is_contained(host, attack):
+    cpp = resolve("code", {**OPTIONS, "language": "cpp", "total_s": 20.0})
+    tests = {"input_output": {"inputs": ["1"], "outputs": [PRIZE]}}
+    program = COMPILED[attack].replace("CANARY", str(host.canary))
+    verdict = cpp("", f"```cpp\n{program}\n```", "", **tests)
+    assert verdict.score == 0.0 and ANSWER not in str(verdict.evidence), verdict
     host.check()

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from descendants import descendants
 from hostile import ATTACKS
 
+from bench.descendants import descendants
 from rewards.sandbox import launch
 from rewards.sandbox.files import content, sealed, sink
 from rewards.sandbox.limits import MIB, Limits

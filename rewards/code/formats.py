@@ -15,6 +15,7 @@ import json
 import pickle
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -38,11 +39,16 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     prelude: str = ""
 
 
+Reader = Callable[[dict[str, Any]], Problem]
+
+
 def problem(answer: str, fields: dict[str, Any]) -> Problem:
     """Raises `ValueError` for tests that cannot be read, or none."""
     column = next((column for column in FORMATS if fields.get(column)), "answer")
+    read, *columns = FORMATS.get(column, (_taco, "input_output"))
+    given = {"input_output": answer} if column == "answer" else {each: fields.get(each) for each in columns}
     try:
-        found = _taco({"input_output": answer}) if column == "answer" else FORMATS[column](fields)
+        found = _cached(read, *given.items()) if all(map(_is_text, given.values())) else read(given)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{column}: these are no tests: {type(error).__name__}: {error}") from error
     if not found.cases and not found.check:
@@ -72,18 +78,34 @@ def _livecodebench(fields: dict[str, Any]) -> Problem:
 
 
 def _check(fields: dict[str, Any]) -> Problem:
-    return Problem(check=fields["test"], entry=fields["entry_point"], prelude=fields.get("prelude") or "")
+    return Problem(check=fields["test"], entry=_name(fields["entry_point"]), prelude=fields["prelude"] or "")
 
 
-FORMATS: dict[str, Callable[[dict[str, Any]], Problem]] = {
-    "input_output": _taco,
-    "public_test_cases": _livecodebench,
-    "test": _check,
+@lru_cache(maxsize=4)  # a group's completions share their tests, which may be megabytes
+def _cached(read: Reader, *items: tuple[str, str | None]) -> Problem:
+    return read(dict(items))
+
+
+# The column that tells a format, its reader, and the columns that it reads.
+FORMATS: dict[str, tuple[Any, ...]] = {
+    "input_output": (_taco, "input_output"),
+    "public_test_cases": (_livecodebench, "public_test_cases", "private_test_cases", "metadata"),
+    "test": (_check, "test", "entry_point", "prelude"),
 }
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def _json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"entry_point = {value!r}: must be text")
+    return value
 
 
 def _list(value: Any) -> list[Any]:

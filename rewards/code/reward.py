@@ -1,13 +1,11 @@
 """The reward `code`: the program in a completion passes its tests."""
 
-from collections.abc import Iterator
-from itertools import count
 from typing import Any
 
 from rewards.code import completion as completions
 from rewards.code import formats
 from rewards.code.comparison import TEXTS
-from rewards.code.trial import RAISED, Checker, Outcome, Rules, Trial, call, opened, sandbox
+from rewards.code.trial import RAISED, Checker, Rules, Trial, call, opened, sandbox
 from rewards.sandbox.bubblewrap import SandboxError
 from rewards.sandbox.files import sealed
 from rewards.sandbox.launch import WALLS
@@ -63,20 +61,21 @@ class Code(Rules, kw_only=True, frozen=True):
             return Verdict(0.0, False, evidence={"failed": f"there is no {self.language} in the completion"})
         trial = Trial(self, problem, program, self._checker(fields.get("checker_code") or ""))
         try:
-            return self._verdict(trial.outcomes(), len(problem.cases) or 1)
+            return self._verdict(trial, len(problem.cases) or 1)
         finally:
             trial.close()
 
-    def _verdict(self, outcomes: Iterator[Outcome], num_tests: int) -> Verdict:
+    def _verdict(self, trial: Trial, num_tests: int) -> Verdict:
         passed, evidence = 0, {}
-        for number, outcome in zip(count(1), outcomes, strict=False):
+        for number, outcome in enumerate(trial.outcomes(), 1):
             passed += outcome.passed
             if not outcome.passed and not evidence:
                 evidence = {"failed": f"test {number} of {num_tests}", **outcome.evidence}
             if evidence and self.grade == "all":
                 break
         solved = passed == num_tests
-        return Verdict(passed / num_tests if self.grade == "fraction" else float(solved), solved, evidence=evidence)
+        score = passed / num_tests if self.grade == "fraction" else float(solved)
+        return Verdict(score, solved, evidence=evidence, costs={"code_s": trial.taken_s()})
 
     def _checker(self, source: str) -> Checker | None:
         if source:

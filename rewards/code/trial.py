@@ -93,7 +93,7 @@ class Trial:
 
     def __init__(self, rules: Rules, problem: Problem, program: str, checker: Checker | None = None):
         self._rules, self._problem, self._checker = rules, problem, checker
-        self._end = time.monotonic() + rules.total_s
+        self._begin = time.monotonic()
         self._box = sandbox(rules.sandbox, "program")
         self._program = sealed(f"{problem.prelude}\n{program}".encode(errors="replace"))
 
@@ -110,8 +110,11 @@ class Trial:
         else:
             yield from self._call_all(problem.cases) if problem.entry else map(self._converse, problem.cases)
 
+    def taken_s(self) -> float:
+        return time.monotonic() - self._begin
+
     def _left_s(self) -> float:
-        return self._end - time.monotonic()
+        return self._rules.total_s - self.taken_s()
 
     def _limits(self) -> Limits:
         return self._rules.limits(self._left_s())
