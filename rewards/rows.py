@@ -60,23 +60,23 @@ class Judges:
                 self._pool.submit(number, task)
             else:
                 done[number] = []
+            yield from _ready(order, done)
             while len(order) >= self._ahead:
                 done.update(self._pool.poll(1.0))
-                yield from self._ready(order, done)
+                yield from _ready(order, done)
         while order:
-            done.update(self._pool.poll(1.0) if order[0][0] not in done else [])
-            yield from self._ready(order, done)
-
-    @staticmethod
-    def _ready(
-        order: deque[tuple[int, Row]], done: dict[Any, list[Verdict]]
-    ) -> Iterator[tuple[Row, list[Verdict]]]:
-        while order and order[0][0] in done:
-            number, row = order.popleft()
-            yield row, done.pop(number)
+            done.update(self._pool.poll(1.0))
+            yield from _ready(order, done)
 
     def __enter__(self) -> "Judges":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._pool.close()
+
+
+def _ready(order: deque[tuple[int, Row]], done: dict[Any, list[Verdict]]) -> Iterator[tuple[Row, list[Verdict]]]:
+    """The first rows of `order` as far as they are done."""
+    while order and order[0][0] in done:
+        number, row = order.popleft()
+        yield row, done.pop(number)
