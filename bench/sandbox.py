@@ -75,7 +75,7 @@ CASES = [
     Case("one test", (ADDING,), num_programs=400),
     Case("ten tests", (ADDING,), num_tests=10, num_programs=60),
     Case("a function", (FUNCTION,), num_tests=10, function="largest"),
-    Case("untidy", (UNTIDY,)),
+    Case("untidy", (UNTIDY,), num_programs=100),
     Case("hanging", (*[ADDING] * 19, HANGING), num_programs=100),
     Case("C++", (CPP,), language="cpp", num_programs=8),
 ]

@@ -1,13 +1,15 @@
 """The reward `code`: the program in a completion passes its tests."""
 
+import shutil
+from contextlib import closing
 from typing import Any
 
 from rewards.code import completion as completions
 from rewards.code import formats
 from rewards.code.comparison import TEXTS
-from rewards.code.trial import RAISED, Checker, Rules, Trial, call, opened, sandbox
+from rewards.code.trial import COMPILERS, RAISED, Checker, Rules, Trial, call, sandbox
 from rewards.sandbox.bubblewrap import SandboxError
-from rewards.sandbox.files import sealed
+from rewards.sandbox.files import opened, sealed
 from rewards.sandbox.launch import WALLS
 from rewards.sandbox.sandbox import Sandbox
 from rewards.table import load
@@ -45,13 +47,13 @@ class Code(Rules, kw_only=True, frozen=True):
                 raise ValueError(f"{name} = {value!r}: allowed are {', '.join(allowed)}")
         if self.checker:
             load(self.checker)
-        probe = Sandbox(self.sandbox)
-        try:
-            probe.start()
-        except SandboxError as error:
-            raise ValueError(str(error)) from error
-        finally:
-            probe.close()
+        if self.language in COMPILERS and shutil.which(compiler := COMPILERS[self.language][0]) is None:
+            raise ValueError(f"language = {self.language!r}: there is no {compiler} here (apt install {compiler})")
+        with closing(Sandbox(self.sandbox)) as probe:
+            try:
+                probe.check()
+            except SandboxError as error:
+                raise ValueError(str(error)) from error
 
     def __call__(self, prompt: str, completion: str, answer: str, **fields: Any) -> Verdict:
         """Raises `ValueError` for tests that cannot be read or run."""

@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from threading import get_ident
 from typing import Any
@@ -13,7 +12,7 @@ import msgspec
 from rewards.code import comparison
 from rewards.code.formats import Case, Problem
 from rewards.sandbox import values
-from rewards.sandbox.files import content, sealed, sink
+from rewards.sandbox.files import content, opened, sealed, sink
 from rewards.sandbox.limits import COMPILER, MIB, Limits
 from rewards.sandbox.sandbox import End, Job, Sandbox
 from rewards.verdict import brief
@@ -77,15 +76,6 @@ def _sandbox(walls: str, role: str, process: int, thread: int) -> Sandbox:
 def sandbox(walls: str, role: str) -> Sandbox:
     """This thread's sandbox for `role`: programs under test and those that judge them never share one."""
     return _sandbox(walls, role, os.getpid(), get_ident())
-
-
-@contextmanager
-def opened(*descriptors: int) -> Iterator[tuple[int, ...]]:
-    try:
-        yield descriptors
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
 
 
 class Trial:
@@ -194,7 +184,8 @@ class Trial:
                 raise ValueError(f"the test cannot be run: {complaint(complaints)}")
             if end.code == 0:
                 return Outcome(True)
-            return Outcome(False, explain(ours, errors) or explain(end, complaints))
+            cause = explain(ours, errors) if end.stopped or ours.code else {}  # else it was only slow to end
+            return Outcome(False, cause or explain(end, complaints))
 
 
 def call(

@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -24,3 +26,13 @@ def sink() -> int:
 def content(descriptor: int, longest: int) -> bytes:
     """What stands in a file, wherever its position is."""
     return os.pread(descriptor, longest, 0)
+
+
+@contextmanager
+def opened(*descriptors: int) -> Iterator[tuple[int, ...]]:
+    """Closes `descriptors` at the end."""
+    try:
+        yield descriptors
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from rewards.sandbox import bubblewrap, calls
+from rewards.sandbox import bubblewrap, syscalls
 from rewards.sandbox.bubblewrap import SandboxError
 from rewards.sandbox.files import content, sealed, sink
 
@@ -62,7 +62,7 @@ def receive(control: socket.socket, timeout_s: float) -> bytes | None:
 
 
 def _start_within(resources: ExitStack, own_namespace: bool) -> socket.socket:
-    code = resources.enter_context(open(sealed(calls.runner_filter()), "rb"))
+    code = resources.enter_context(open(sealed(syscalls.runner_filter()), "rb"))
     info = resources.enter_context(open(sink(), "rb"))
     words = bubblewrap.command(code.fileno(), info.fileno(), own_namespace)
     inner_user, outer = 0, {}
@@ -95,7 +95,7 @@ def _launch(
             **options,
         )
     resources.callback(_kill, process)
-    setup = {"filter": calls.program_filter().hex(), "own_pid": calls.OWN_PID, "packages": bubblewrap.packages()}
+    setup = {"filter": syscalls.program_filter().hex(), "own_pid": syscalls.OWN_PID, "packages": bubblewrap.packages()}
     with suppress(BrokenPipeError):
         ours.send(msgspec.json.encode(setup))
     if not receive(ours, START_S):

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 
 import msgspec
 
+from rewards.sandbox.bubblewrap import SandboxError
+from rewards.sandbox.files import content, opened, sealed, sink
 from rewards.sandbox.launch import WALLS, receive
 from rewards.sandbox.limits import Limits
 
@@ -80,6 +82,14 @@ class Sandbox:
     def run(self, job: Job, files: Sequence[int]) -> End:
         self.begin(job, files)
         return self.finish(job.limits.wall_s)
+
+    def check(self) -> None:
+        """Raises `SandboxError` where not even an empty program runs."""
+        with opened(sealed(b""), sink(), sink(), sealed(b"")) as files:
+            end = self.run(Job(kind="script"), files)
+            if end.code != 0:
+                said = content(files[2], 10_000).decode(errors="replace").strip()
+                raise SandboxError(f"no program runs in the sandbox: {said or end}")
 
     def close(self) -> None:
         """Kills everything in the sandbox; another run starts a new one."""
