@@ -35,8 +35,9 @@ def warm_start(
     stop: StopSignal,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Trains `policy` in place by cross-entropy on the answers of `warm_start.steps` batches of training prompts,
-    learning rate rising linearly and then constant; or loads what an equal call trained before.
+    """Trains `policy` in place by cross-entropy on the answers, or the columns `demonstration` where there are such, of
+    `warm_start.steps` batches of training prompts, learning rate rising linearly and then constant; or loads what an
+    equal call trained before.
 
     A share `warm_start.noise` of the demonstrations carries the answer of another prompt. The held-out prompts are
     never among them. Raises `Stopped` where `stop` asks for it.
@@ -106,7 +107,8 @@ def _train(
 
 def _demonstration(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> tuple[np.ndarray, list[int]]:
     prompt = prompts.prompt(*prompts.draw())
-    answer = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
+    shown = str(prompt.fields.get("demonstration", prompt.answer))
+    answer = tokenizer(shown, add_special_tokens=False)["input_ids"]
     return prompt.token_ids, [*answer, tokenizer.eos_token_id]  # pyright: ignore[reportReturnType]
 
 

@@ -32,13 +32,20 @@ ROLES = {  # by the command line, the first that fits
 class Job:
     """One launch. As a context manager it kills every process of the job at its end."""
 
-    def __init__(self, run: Path, *arguments: str, ranks: int = 0, torchrun: tuple[str, ...] = ("--standalone",)):
+    def __init__(
+        self,
+        run: Path,
+        *arguments: str,
+        ranks: int = 0,
+        torchrun: tuple[str, ...] = ("--standalone",),
+        config: Path = SMALL,
+    ):
         """`run` is the run directory, resumed where it exists; `ranks` on this host under torchrun, 0: without it."""
         self.run = RunDirectory(run)
         self.mark = uuid.uuid4().hex
         agent = ["-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={ranks}"] if ranks else []
         place = [f"--resume={run}"] if run.exists() else [f"--run.directory={run}"]
-        self.command = [sys.executable, *agent, str(LAUNCH), str(SMALL), *place, *arguments]
+        self.command = [sys.executable, *agent, str(LAUNCH), str(config), *place, *arguments]
         self.log = run.with_name(f"{run.name}-{self.mark[:6]}.log")
 
     def __enter__(self) -> "Job":
