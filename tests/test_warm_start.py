@@ -23,6 +23,12 @@ def copy_letter(seed: int, index: int) -> dict[str, str]:
     return {"prompt": f"{letter}=", "answer": letter}
 
 
+def demonstrated(seed: int, index: int) -> dict[str, str]:
+    """The same, where the answer is not what is to be said."""
+    row = copy_letter(seed, index)
+    return {"prompt": row["prompt"], "answer": "a", "demonstration": row["answer"]}
+
+
 def configure(cache: Path, **changes: dict[str, Any]) -> Config:
     init = {"model_type": "qwen3", "tie_word_embeddings": True, **learning.SHAPE, **learning.MODELS["qwen3"]}
     table: dict[str, Any] = {
@@ -66,6 +72,11 @@ def test_it_ends_when_asked_and_keeps_nothing(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         warmed(configure(tmp_path), asked=True)
     assert cached(tmp_path) == []
+
+
+def test_a_demonstration_stands_for_the_answer(tmp_path: Path) -> None:
+    shown = {"task": f"{__name__}:demonstrated"}
+    assert equal(warmed(configure(tmp_path / "a")), warmed(configure(tmp_path / "b", domain=shown)))
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------
