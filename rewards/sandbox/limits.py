@@ -4,11 +4,12 @@ import msgspec
 
 MIB = 1 << 20
 TMP_BYTES = 64 * MIB  # the sandbox's private /tmp
-TMP_FILES = 1000
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process may use. It cannot start others, so these bounds are those of its whole tree.
+    """What one process may use. It cannot start others, so these bounds are those of its whole tree, and of all memory
+    but the kernel's own. (There an empty file in /tmp takes about a kilobyte, which `cpu_s` alone bounds: some 100 MiB
+    for each of its seconds, until the sandbox is closed.)
 
     `memory_bytes` bounds its address space; `file_bytes` every file that it writes, its output among them; `tasks` its
     threads (with the few processes of the sandbox itself).

@@ -49,6 +49,7 @@ MOST_LEFT = 100
 LONGEST_REPLY = 1 << 26
 LOST = 3  # exit code of a check that could not ask its candidate
 UNASKED = 4  # exit code of a check that never did
+UNFINISHED = 120  # exit code of Python itself where its end fails
 BROKEN = 5  # exit code of a check that is no Python
 
 Job = dict[str, Any]
@@ -192,14 +193,16 @@ def restrict(libc: ctypes.CDLL, code: bytes, own_pid: int) -> None:
 
 
 def finish(code: int) -> int:
-    """What Python does at its end: waits for threads, runs exit handlers, flushes."""
+    """What Python does at its end: waits for threads, runs exit handlers, flushes all files, lost ones too."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
+        vars(sys.modules[values.PROGRAM]).clear()
     except BaseException:
-        return code if code else 1
+        return code if code else UNFINISHED
     return code
 
 
