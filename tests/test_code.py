@@ -212,6 +212,19 @@ def test_a_broken_checker_or_check_is_an_error(code):
         code("", fenced("def decode(s): return s"), "", **{**HUMAN, "test": "def check("})
 
 
+def test_functions_are_for_python(cpp):
+    with pytest.raises(ValueError, match="tests of functions are for Python, not for cpp"):
+        cpp("", fenced("int f(int x) { return x; }", "cpp"), "", **APPS_CALL)
+
+
+def test_large_inputs_and_preludes_fit(code):
+    tests = {"inputs": ["1 " * (20 << 20)], "outputs": [str(20 << 20)]}
+    assert code("", fenced("import sys\nprint(sys.stdin.read().count('1'))"), "", input_output=tests).solved
+    assert code(
+        "", "    return s[::-1]", "", **{**HUMAN, "prelude": "#" + "x" * 10**6 + "\n" + HUMAN["prelude"]}
+    ).solved
+
+
 def test_a_check_that_never_asks_does_not_pass(code):
     tests = {**HUMAN, "test": "def check(candidate):\n    pass"}
     assert not code("", fenced("def decode(s): return s"), "", **tests).solved

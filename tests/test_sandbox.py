@@ -13,7 +13,7 @@ from hostile import ATTACKS
 
 from bench.descendants import descendants
 from rewards.sandbox import launch
-from rewards.sandbox.files import content, sealed, sink
+from rewards.sandbox.files import content, opened, sealed, sink
 from rewards.sandbox.limits import MIB, Limits
 from rewards.sandbox.sandbox import Job, Sandbox
 from rewards.table import resolve
@@ -116,6 +116,12 @@ def test_a_sandbox_that_died_in_its_sleep_is_replaced(sandbox):
     os.kill(inside[-1], signal.SIGKILL)
     wait_until_gone(inside[-1:])
     assert run(sandbox, "print(1)")[1] == "1"
+
+
+def test_a_report_that_nobody_awaited_is_not_taken_for_the_next(sandbox):
+    with opened(sealed(b""), sink(), sink(), sealed(b"")) as files:
+        sandbox.begin(Job(kind="script"), files)
+    assert run(sandbox, "raise SystemExit(3)")[0].code == 3
 
 
 def test_nothing_outlives_the_process_that_started_it(tmp_path):

@@ -58,6 +58,8 @@ class Code(Rules, kw_only=True, frozen=True):
     def __call__(self, prompt: str, completion: str, answer: str, **fields: Any) -> Verdict:
         """Raises `ValueError` for tests that cannot be read or run."""
         problem = formats.problem(answer, fields)
+        if problem.entry and self.language in COMPILERS:
+            raise ValueError(f"tests of functions are for Python, not for {self.language}")
         program = completions.program(completion, self.language)
         if not program.strip():
             return Verdict(0.0, False, evidence={"failed": f"there is no {self.language} in the completion"})

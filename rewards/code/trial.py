@@ -171,13 +171,13 @@ class Trial:
         problem, limits = self._problem, self._limits()
         judge = sandbox(self._rules.sandbox, "judge")
         program = Job(kind="calls", entry=problem.entry, limits=limits)
-        check = Job(kind="check", entry=problem.entry, prelude=problem.prelude, limits=limits)
-        nothing, test = sealed(b""), sealed(problem.check.encode())
-        with opened(nothing, test, sink(), sink(), sink()) as (_, _, output, errors, complaints):
+        check = Job(kind="check", entry=problem.entry, limits=limits)
+        texts = [sealed(text.encode()) for text in ("", problem.prelude, problem.check)]
+        with opened(*texts, sink(), sink(), sink()) as (nothing, prelude, test, output, errors, complaints):
             (calls_out, calls_in), (results_out, results_in) = os.pipe(), os.pipe()
             with opened(calls_out, calls_in, results_out, results_in):
                 self._box.begin(program, [nothing, output, errors, self._program, calls_out, results_in])
-                judge.begin(check, [nothing, output, complaints, test, calls_in, results_out])
+                judge.begin(check, [prelude, output, complaints, test, calls_in, results_out])
             end = judge.finish(limits.wall_s)
             ours = self._box.finish(PATIENCE_S)
             if end.code == BROKEN:

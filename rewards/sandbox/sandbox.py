@@ -20,7 +20,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     strict: bool = True  # False for compilers, which start processes
     entry: str = ""  # the function that is called
-    prelude: str = ""  # source that a check runs first
     arguments: list[str] = []  # the compiler's command
     made: str = ""  # a file in the sandbox that goes to the run's fourth
 
@@ -45,6 +44,7 @@ class Sandbox:
         self._make = WALLS[walls]
         self._resources = ExitStack()
         self._control: socket.socket | None = None
+        self._is_busy = False
         self.num_starts = 0
         weakref.finalize(self, self._resources.close)
 
@@ -54,6 +54,9 @@ class Sandbox:
         Raises `SandboxError` where there can be no sandbox.
         """
         message = msgspec.json.encode(job)
+        if self._is_busy:  # a run whose end nobody awaited: its report must not be taken for this one's
+            self.close()
+        self._is_busy = True
         try:
             socket.send_fds(self.start(), [message], files)
         except ConnectionError:  # it died while it had nothing to do
@@ -71,6 +74,7 @@ class Sandbox:
         """Waits for the end of the run, and makes one after `wall_s`."""
         assert self._control is not None, "a run has begun"
         message = receive(self._control, wall_s)
+        self._is_busy = False
         if not message:
             self.close()
             return End(None, stopped="time" if message is None else "died")
