@@ -320,7 +320,7 @@ for descriptor in [*range(3, 1024), 2, 0]:
 import gc, os, sys
 frame = sys._getframe()
 while frame:
-    for name, value in frame.f_locals.items():
+    for name, value in list(frame.f_locals.items()):
         if name == "control":
             try:
                 value.send(b'{"code": 0, "clean": true}')

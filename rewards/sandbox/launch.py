@@ -9,7 +9,8 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -23,13 +24,12 @@ LONGEST_MESSAGE = 1 << 17
 
 
 def start_bubblewrap(resources: ExitStack) -> socket.socket:
-    """As root, root makes the walls and programs run as a user of their own; failing that, and for others, a namespace
-    of users makes them possible. Raises `SandboxError` where neither works."""
+    """Raises `SandboxError` where no way of starting it works."""
     problems = []
-    for own_namespace in (False, True) if os.geteuid() == 0 else (True,):
+    for way in _ways():
         with ExitStack() as attempt:
             try:
-                control = _start_within(attempt, own_namespace)
+                control = _start_within(attempt, way)
             except (SandboxError, OSError) as error:
                 problems.append(str(error))
                 continue
@@ -61,16 +61,33 @@ def receive(control: socket.socket, timeout_s: float) -> bytes | None:
         return b""
 
 
-def _start_within(resources: ExitStack, own_namespace: bool) -> socket.socket:
+class Way(NamedTuple):
+    """`own_namespace`: bubblewrap makes a namespace of users, without which it must be root. `other_user`: a user that
+    no other sandbox has; root needs one, because the kernel does not bound the number of root's tasks."""
+
+    own_namespace: bool
+    other_user: bool
+
+
+def _ways() -> list[Way]:
+    if os.geteuid() != 0:
+        return [Way(own_namespace=True, other_user=False)]
+    ways = [Way(own_namespace=False, other_user=True), Way(own_namespace=True, other_user=True)]
+    if Path("/proc/self/uid_map").read_text().split()[1] != "0":  # root here, and an ordinary user outside
+        ways.append(Way(own_namespace=True, other_user=False))
+    return ways
+
+
+def _start_within(resources: ExitStack, way: Way) -> socket.socket:
     code = resources.enter_context(open(sealed(syscalls.runner_filter()), "rb"))
     info = resources.enter_context(open(sink(), "rb"))
-    words = bubblewrap.command(code.fileno(), info.fileno(), own_namespace)
+    words = bubblewrap.command(code.fileno(), info.fileno(), way.own_namespace)
     inner_user, outer = 0, {}
-    if os.geteuid() == 0:
+    if way.other_user:
         user, claim = bubblewrap.lease_user()
         resources.enter_context(claim)
-        inner_user = 0 if own_namespace else user
-        outer = {"user": user, "group": user, "extra_groups": []} if own_namespace else {}
+        inner_user = 0 if way.own_namespace else user
+        outer = {"user": user, "group": user, "extra_groups": []} if way.own_namespace else {}
     control, process = _launch(resources, words, inner_user, [code.fileno(), info.fileno()], **outer)
     first = os.pidfd_open(json.loads(content(info.fileno(), LONGEST_MESSAGE))["child-pid"])
     resources.callback(_end_namespace, process, first)
@@ -100,7 +117,7 @@ def _launch(
         ours.send(msgspec.json.encode(setup))
     if not receive(ours, START_S):
         said = content(errors.fileno(), LONGEST_MESSAGE).decode(errors="replace").strip()
-        raise SandboxError(said or f"the runner did not start within {START_S:g} s")
+        raise SandboxError(said.split("\n")[-1] or f"the runner did not start within {START_S:g} s")
     return ours, process
 
 
