@@ -1,6 +1,7 @@
 # make install   .venv with everything, csrc/ compiled; quick when nothing changed
 # make run       the job of CONFIG
 # make test      the test suite
+# make sglang    .venv-sglang, in which SGLang serves: real generators on GPUs, on a CPU for tests
 # make lint      style and types
 
 PYTHON ?= python3
@@ -14,17 +15,31 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 HEADERS := $(CURDIR)/.venv/headers/usr/include
 
+# SGLang pins much, so it has an environment of its own. It takes the rest of its packages from the second list; with CUDA
+# it takes all that it asks for by itself. Without CUDA its kernels have no wheel: tests/stand_ins take their place.
+SGLANG := sglang==0.5.18
+SGLANG_BARE := $(SGLANG) xgrammar==0.2.1
+SGLANG_NEEDS := $(PINS) triton==3.7.1 openai==2.6.1 outlines==0.1.11 aiohttp anthropic apache-tvm-ffi blobfile \
+	compressed-tensors datasets distro einops fastapi gguf interegular IPython llguidance modelscope msgspec ninja numba \
+	openai-harmony orjson partial_json_parser pillow prometheus-client psutil py-spy pybase64 pydantic python-multipart \
+	pyzmq requests scipy sentencepiece setproctitle soundfile tiktoken tqdm uvicorn uvloop watchfiles xxhash zstandard
+SGLANG_PIP := .venv-sglang/bin/python -m pip
+CUDA := $(shell command -v nvidia-smi)
+
 # Packages of the machine, an older torch among them, must not be seen from .venv.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: install run test lint clean
+.PHONY: install sglang run test lint clean
 
 install: .venv/installed
+
+sglang: .venv-sglang/installed
 
 run: install
 	$(BIN)/torchrun --standalone engine/launch.py $(CONFIG)
 
-test: install
+test:
+	$(MAKE) -j2 install sglang
 	$(BIN)/python -m pytest -q
 
 lint: install
@@ -32,7 +47,7 @@ lint: install
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv build *.egg-info engine/ops/*.so
+	rm -rf .venv .venv-sglang build *.egg-info engine/ops/*.so
 
 .venv/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -65,4 +80,13 @@ clean:
 .venv/installed: .venv/torch .venv/bubblewrap pyproject.toml setup.py $(shell find csrc -type f)
 	CPATH=$(HEADERS):$$(echo $(HEADERS)/python3*) PATH="$(CURDIR)/$(BIN):$$PATH" \
 	$(PIP) install --no-build-isolation $(PINS) -e ".[test]"
+	touch $@
+
+# torch comes first here too: a looser request would pull the CUDA build where there is no CUDA.
+.venv-sglang/installed: Makefile
+	$(PYTHON) -m venv --clear .venv-sglang
+	$(if $(CUDA),,$(SGLANG_PIP) install $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
+	$(if $(CUDA),$(SGLANG_PIP) install $(SGLANG),$(SGLANG_PIP) install --no-deps $(SGLANG_BARE))
+	$(if $(CUDA),,$(SGLANG_PIP) install $(SGLANG_NEEDS))
+	@$(if $(CUDA),,.venv-sglang/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda and "the CUDA build of torch came: make TORCH_INDEX=URL")')
 	touch $@

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.config import Config, load_text
+from engine.config import Config, ConfigError, load_text
 from engine.generators.base import Generator, Sampled
 from engine.generators.table import GENERATORS
-from engine.process import die_with_parent
+from engine.process import ProcessDied, die_with_parent
 from engine.schema import (
     SCHEMA_VERSION,
     Ack,
@@ -66,6 +66,7 @@ class Actor:
             host=welcome.host,
             address=f"{link.address.rpartition(':')[0]}:{welcome.weights_port}",
             timeout_s=config.deadlines.publish_s,
+            memory=self._generator.memory,
         )
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
         self._staging: Future[tuple[Staged, float]] | None = None
@@ -85,6 +86,9 @@ class Actor:
             self._scorer.fileno(): lambda: None,
             self._wake_read: lambda: os.read(self._wake_read, 1 << 16),
         })
+        self._polled = self._generator.fileno() < 0  # it advances when it is polled, and not by itself
+        if not self._polled:
+            self._pump.add(self._generator.fileno(), lambda: None)  # `poll` reads it
         self._handlers = {
             Leases: self._on_leases,
             Publish: self._on_publish,
@@ -100,19 +104,28 @@ class Actor:
             self._hear()
             self._load_staged()
             started = time.monotonic()
-            if self._generator.num_running:
+            if self._generator.num_running or not self._polled:
                 for sampled in self._generator.poll(0.0):
                     self._score(sampled)
                 self._busy_s += time.monotonic() - started
             self._deliver()
             self._speak()
-            if not self._generator.num_running and not self.stopped:
-                waited = time.monotonic()
-                self._pump.wait(self._spoke + self._config.deadlines.heartbeat_s)
-                self._idle_s += time.monotonic() - waited
+            self._rest()
+
+    def _rest(self) -> None:
+        """Waits for news, of which there is none needed while `poll` has something to compute."""
+        running = self._generator.num_running > 0
+        if self.stopped or (running and self._polled):
+            return
+        waited = time.monotonic()
+        self._pump.wait(self._spoke + self._config.deadlines.heartbeat_s)
+        waited = time.monotonic() - waited
+        self._busy_s += waited if running else 0.0
+        self._idle_s += 0.0 if running else waited
 
     def close(self) -> None:
         self._link.send(Bye())
+        self._generator.close()
         self._stager.shutdown(wait=True, cancel_futures=True)
         self._scorer.close()
         self._weights.close()
@@ -283,11 +296,15 @@ def main() -> int:
     except (Silence, ConnectionRefusedError) as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 1
-    actor = Actor(config, welcome, link, arguments.name)
+    try:
+        actor = Actor(config, welcome, link, arguments.name)
+    except (ConfigError, ProcessDied) as error:
+        print(f"leeway: {error}", file=sys.stderr)
+        return 1
     print(f"{arguments.name}: joined {arguments.join}, incarnation {welcome.incarnation}", flush=True)
     try:
         actor.run()
-    except Silence as error:
+    except (Silence, ProcessDied) as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 1
     finally:

@@ -97,8 +97,21 @@ class Curriculum(Struct):
     rates: list[str] = []  # pass rates known at the start: `pass_rates.jsonl` of earlier runs, later over earlier ones
 
 
+class SGLang(Struct, kw_only=True):
+    """Where `generator.engine` is "sglang": a server in an environment of its own, started here or joined."""
+
+    python: str = ".venv-sglang/bin/python"  # of the environment that `make sglang` makes
+    options: dict[str, Any] = {}  # of SGLang's ServerArgs
+    environment: dict[str, str] = {}  # variables for the server
+    path: list[str] = []  # directories of modules before all others
+    url: str = ""  # of a running server, which then belongs to this job alone
+    api_key_file: str = ""  # holds the key of that server
+
+
 class Generator(Struct, kw_only=True):
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
+    sglang: SGLang = SGLang()
+    gpus: Count = 1  # of one generator: more are for a tensor-parallel SGLang server
     local: Natural = 1  # generator children of this host, where no rank has the generator role
     slots: Count = 64  # sequences decoded together
     ahead_groups: Natural = 2  # groups leased beyond what the slots hold, so that no slot waits for the network
@@ -363,6 +376,10 @@ def check(config: Config) -> None:
         )
     if bool(config.model.path) == bool(config.model.init):
         raise ConfigError(f"model.path = {config.model.path!r}: exactly one of model.path and [model.init] is needed")
+    if config.generator.engine == "embedded" and config.generator.gpus != 1:
+        raise ConfigError(f"generator.gpus = {config.generator.gpus}: more than 1 needs generator.engine = 'sglang'")
+    if config.generator.engine == "sglang" and config.model.fp32_head and config.generator.dtype != "float32":
+        raise ConfigError("model.fp32_head = true: SGLang keeps its head in generator.dtype, so that must be float32")
     if not config.domains:
         raise ConfigError("domains: at least one [[domains]] table is needed")
     names = [domain.name for domain in config.domains]

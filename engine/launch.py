@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from engine import checkpoint, plan, stages, tokenizer, warm_start
 from engine.algorithms.method import compose
 from engine.config import Config, ConfigError, Model, load
+from engine.generators.table import check_generator
 from engine.learner_loop import Job, Mismatch, learn
 from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
@@ -95,6 +96,7 @@ def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> 
     """All that can be known before anything is made; on rank 0 alone. Raises `ConfigError`."""
     tokens = tokenizer.load(config.model)
     check_devices(config, place)
+    check_generator(config)
     check_port(config)
     if resume is None:
         check_creatable(config)

@@ -126,7 +126,8 @@ def _check_head(policy: PreTrainedModel) -> None:
 
 def describe(model: PreTrainedModel) -> dict[str, bytes]:
     """The small files from which `from_description` rebuilds the model without its weights, by file name."""
-    return {"config.json": json.dumps(model.config.to_dict(), default=str).encode()}
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    return {"config.json": json.dumps(config, default=str).encode()}
 
 
 def from_description(files: dict[str, bytes], dtype: str, device: str | torch.device) -> PreTrainedModel:

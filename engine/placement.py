@@ -51,6 +51,7 @@ def seat(config: Config, environ: Mapping[str, str] = os.environ) -> Seat:
     lead_children = config.generator.local if learners == world else 0
     children = 1 if rank >= learners else lead_children if rank == 0 else 0
     beside_lead = rank == local_rank  # ranks are numbered host by host
+    beside = min(max(0, learners - (rank - local_rank)), local_world)  # learners of this host
     share = max(1, cores() // (local_world + (lead_children if beside_lead else 0)))
     device = config.learner.device
     if device == "auto":
@@ -67,16 +68,23 @@ def seat(config: Config, environ: Mapping[str, str] = os.environ) -> Seat:
         device=device,
         threads=config.learner.threads or share,
         child_threads=config.generator.threads or share,
-        child_gpus=_gpus(config, local_rank if rank >= learners else local_world, children, environ),
+        child_gpus=_gpus(config, beside + (local_rank - beside) * config.generator.gpus, children, environ)
+        if rank >= learners
+        else _gpus(config, local_world, children, environ),
     )
 
 
 def _gpus(config: Config, first: int, num: int, environ: Mapping[str, str]) -> list[str]:
-    """One GPU for each of `num` children, from number `first` on and round again; none where the user names one."""
+    """`generator.gpus` GPUs for each of `num` children, from number `first` on and round again; none where the user
+    names one."""
     if config.generator.device not in ("auto", "cuda") or not torch.cuda.is_available():
         return []
     visible = environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    return [visible[(first + number) % len(visible)] for number in range(num)]
+    width = config.generator.gpus
+    if width > len(visible):
+        raise ConfigError(f"generator.gpus = {width}: this host shows {len(visible)}")
+    starts = [first + number * width for number in range(num)]
+    return [",".join(visible[(start + i) % len(visible)] for i in range(width)) for start in starts]
 
 
 def check_devices(config: Config, seat: Seat) -> None:

@@ -121,10 +121,14 @@ class Pump:
     """Waits for any of several sockets until a deadline, then calls the handlers of those that are ready."""
 
     def __init__(self, handlers: dict[Any, Callable[[], None]]):
-        self._handlers = handlers
+        self._handlers: dict[Any, Callable[[], object]] = {}
         self._poller = zmq.Poller()
-        for socket in handlers:
-            self._poller.register(socket, zmq.POLLIN)
+        for socket, handler in handlers.items():
+            self.add(socket, handler)
+
+    def add(self, socket: Any, handler: Callable[[], object]) -> None:
+        self._handlers[socket] = handler
+        self._poller.register(socket, zmq.POLLIN)
 
     def wait(self, until: float) -> None:
         """Returns after handling what arrived, or at monotonic time `until`."""

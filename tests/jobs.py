@@ -25,6 +25,7 @@ ROLES = {  # by the command line, the first that fits
     "rank": b"engine/launch.py\0",
     "coordinator": b"\0engine.coordinator_loop\0",
     "generator": b"\0engine.actor_loop\0",
+    "server": b"\0engine.generators.guest\0",
     "reward worker": b"\0rewards.worker\0",
 }
 

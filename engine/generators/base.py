@@ -39,8 +39,16 @@ class Generator(Protocol):
         """Advances and returns the leases that finished; returns at once where nothing runs."""
         ...
 
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when `poll` has something to say; -1 where only `poll` advances."""
+        ...
+
+    def memory(self, num_bytes: int) -> "Tensor":
+        """uint8 [num_bytes] on the host, in which the next version is staged while sampling goes on."""
+        ...
+
     def load(self, version: int, weights: Mapping[str, "Tensor"]) -> None:
-        """Samples with `weights` from the next token on; running requests go on."""
+        """Samples with `weights`, views of `memory`, from the next token on; running requests go on."""
         ...
 
     def cancel(self, kind: Kind, group_id: int) -> None:
@@ -61,3 +69,12 @@ class Generator(Protocol):
     def generated_tokens(self) -> int:
         """Tokens sampled since the start."""
         ...
+
+    def close(self) -> None:
+        """Ends what the generator started."""
+        ...
+
+
+def stop_ids(*given: int | list[int] | None) -> list[int]:
+    """The tokens that end a completion, of what a tokenizer and a model's configuration say."""
+    return sorted({number for entry in given if entry is not None for number in np.atleast_1d(entry).tolist()})

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from engine import fusion
 from engine.attention import Layout
 from engine.config import Config, ConfigError, Generator
-from engine.generators.base import Sampled
+from engine.generators.base import Sampled, stop_ids
 from engine.generators.kv_cache import KVCache, Step
 from engine.generators.sampling import draw, stream_key, uniform
 from engine.model import from_description, hidden_states, lm_head, widen_head
@@ -141,6 +141,15 @@ class Embedded:
         for slot in reversed(range(self._num_running)):
             if matches(self._slots.request[slot]):
                 self._vacate(slot)
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        pass
+
+    def memory(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     @torch.inference_mode()
     def load(self, version: int, weights: Mapping[str, Tensor]) -> None:
@@ -358,12 +367,10 @@ def from_files(config: Config, files: dict[str, bytes], tokenizer: "PreTrainedTo
     model = fusion.use(from_description(files, config.generator.dtype, device), config.ops.backend)
     if config.model.fp32_head:
         widen_head(model)
-    ids = [tokenizer.eos_token_id, model.config.eos_token_id]
-    stop_ids = [number for entry in ids for number in (entry if isinstance(entry, list) else [entry])]
     return Embedded(
         model,
         msgspec.structs.replace(config.generator, max_new_tokens=Schedule(config).longest_answer),
         context=config.model.context,
-        stop_ids=[number for number in stop_ids if number is not None],
+        stop_ids=stop_ids(tokenizer.eos_token_id, model.config.eos_token_id),
         text=lambda token_ids: decode(tokenizer, token_ids),
     )

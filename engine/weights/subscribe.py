@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -41,12 +41,18 @@ class Staged:
     tensors: dict[str, torch.Tensor]
 
 
-class Subscriber:
-    """Stages versions from `source`. One call at a time; it may come from any thread."""
+def fresh(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def __init__(self, source: Source) -> None:
+
+class Subscriber:
+    """Stages versions from `source` in what `memory` gives for a number of bytes: uint8 [bytes], fresh, or the same
+    again where what was staged before is no longer read. One call at a time; it may come from any thread."""
+
+    def __init__(self, source: Source, memory: Callable[[int], torch.Tensor] = fresh):
         self.manifest = source.manifest
         self._source = source
+        self._memory = memory
 
     def stage(self, incarnation: int, version: int) -> Staged:
         """(incarnation, version) if it is still there, else the newest, which is then newer.
@@ -73,7 +79,7 @@ class Subscriber:
 
     def _copy(self, header: Header) -> Staged | None:
         """A private copy of the slot; none if it was overwritten meanwhile or its digest differs."""
-        payload = torch.empty(self.manifest.num_bytes, dtype=torch.uint8)
+        payload = self._memory(self.manifest.num_bytes)
         total = 0
         try:
             for piece in self._source.read(header, payload.numpy()):
@@ -92,13 +98,13 @@ ROUTES: dict[str, Callable[[str, str, float], Source]] = {
 
 
 def subscribe(
-    route: Literal["auto", "shm", "tcp"], *, segment: str, host: str, address: str, timeout_s: float
+    route: Literal["auto", "shm", "tcp"], *, segment: str, host: str, address: str, timeout_s: float, **options: Any
 ) -> Subscriber:
     """A subscriber of the segment on `host` (a `host_id`), or of the server at `address` ("tcp://HOST:PORT").
 
-    "auto" is "shm" where this process can see the segment, else "tcp". `timeout_s` bounds each wait for the server.
-    Raises `WeightsError` where neither is there.
+    "auto" is "shm" where this process can see the segment, else "tcp". `timeout_s` bounds each wait for the server;
+    `options` are the subscriber's. Raises `WeightsError` where neither is there.
     """
     if route == "auto":
         route = "shm" if host == host_id() and exists(segment) else "tcp"
-    return Subscriber(ROUTES[route](segment, address, timeout_s))
+    return Subscriber(ROUTES[route](segment, address, timeout_s), **options)

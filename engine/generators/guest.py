@@ -1,0 +1,61 @@
+"""What of Leeway runs inside SGLang's own environment: the start of a server, and the loading of weights into it.
+
+    PYTHON -m engine.generators.guest < options.json
+
+SGLang is imported here alone, and of the engine nothing but `process`, which needs the standard library only.
+"""
+
+import functools
+import json
+import mmap
+import os
+import sys
+from typing import Any
+
+from engine.process import die_with_parent
+
+
+def load(model: Any, named_tensors: list[tuple[str, Any]]) -> None:
+    """SGLang's custom weight loader: copies a whole version out of memory shared with the generator into `model`.
+
+    The only name is JSON: `path` of the memory and `tensors` as [name, dtype, shape, offset in bytes]. The model's own
+    `load_weights` finds each one's place, in every tensor-parallel rank the part that is its.
+    """
+    import torch
+
+    [(description, _)] = named_tensors
+    order = json.loads(description)
+    found = os.stat(order["path"])
+    payload = torch.from_numpy(_mapped(order["path"], found.st_dev, found.st_ino))
+
+    def views() -> Any:
+        for name, dtype, shape, offset in order["tensors"]:
+            kind = getattr(torch, dtype)
+            size = functools.reduce(int.__mul__, shape, kind.itemsize)
+            yield name, payload[offset : offset + size].view(kind).view(shape)
+
+    model.load_weights(views())
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the answer means that the memory may be written again
+
+
+@functools.lru_cache(maxsize=1)
+def _mapped(path: str, device: int, inode: int) -> Any:
+    """The memory as uint8 array, mapped once: its pages are not looked for again at every version."""
+    import numpy as np
+
+    with open(path, "r+b") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), np.uint8)
+
+
+def main() -> None:
+    die_with_parent()
+    options = json.load(sys.stdin)
+    from sglang.srt.entrypoints.http_server import launch_server  # type: ignore[import-not-found]
+    from sglang.srt.server_args import ServerArgs  # type: ignore[import-not-found]
+
+    launch_server(ServerArgs(**options))
+
+
+if __name__ == "__main__":
+    main()
