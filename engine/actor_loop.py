@@ -3,7 +3,8 @@
     python -m engine.actor_loop --join tcp://HOST:PORT
 
 joins a running job from any host and may leave at any time (Ctrl-C, or `kill -9`): its leases go to others. The
-generators that a job starts by itself run the same command.
+generators that a job starts by itself run the same command. `--generator.FIELD=VALUE` overrides the job's for this
+generator alone: another device, another SGLang.
 """
 
 import argparse
@@ -48,6 +49,8 @@ from engine.weights import Staged, WeightsError, subscribe
 from rewards.verdict import Verdict
 
 STAGE_AGAIN_S = 1.0
+# What may differ between generators of a job: how they compute, not what.
+OWN = ("--generator.sglang.", "--generator.slots=", "--generator.device=", "--generator.gpus=", "--generator.engine=")
 Key = tuple[Kind, int, int]  # kind, group_id, attempt: one lease
 
 
@@ -267,17 +270,21 @@ class Actor:
         return max(0, self._generator.num_free_slots + ahead)
 
 
-def join(address: str, name: str) -> tuple[Config, Welcome, Link]:
+def join(address: str, name: str, overrides: list[str]) -> tuple[Config, Welcome, Link]:
     """Says hello to the coordinator at `address` and waits for its welcome.
 
-    Raises `Silence` where nobody answers within 30 s and `ConnectionRefusedError` where the job refuses.
+    Raises `Silence` where nobody answers within 30 s, `ConnectionRefusedError` where the job refuses and `ConfigError`
+    for an override that is none of a generator's own.
     """
+    for override in overrides:
+        if not override.startswith(OWN):
+            raise ConfigError(f"{override}: a generator that joins overrides {', '.join(OWN)} alone")
     link = Link(ToGenerator, connect=address, identity=name)
     link.send(Hello(SCHEMA_VERSION, name, socket.gethostname(), os.getpid()))
     message: Any = link.receive(30.0, f"{name}: joining the job at {address}")
     if isinstance(message, Stop):
         raise ConnectionRefusedError(f"{name}: the job at {address} refused: {message.reason}")
-    return load_text(message.config), message, link
+    return load_text(message.config, overrides), message, link
 
 
 def main() -> int:
@@ -285,15 +292,15 @@ def main() -> int:
     parser.add_argument("--join", required=True, metavar="ADDRESS", help="tcp://HOST:PORT, as the job prints it")
     parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="unique within the job")
     parser.add_argument("--threads", type=int, default=0, help="of torch; default: OMP_NUM_THREADS or all cores")
-    arguments = parser.parse_args()
+    arguments, overrides = parser.parse_known_args()
     die_with_parent() if "LEEWAY_PARENT" in os.environ else None
     if threads := arguments.threads or int(os.environ.get("OMP_NUM_THREADS", 0)):
         torch.set_num_threads(threads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        config, welcome, link = join(arguments.join, arguments.name)
-    except (Silence, ConnectionRefusedError) as error:
+        config, welcome, link = join(arguments.join, arguments.name, overrides)
+    except (Silence, ConnectionRefusedError, ConfigError) as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 1
     try:

@@ -263,9 +263,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse(table)
 
 
-def load_text(text: str) -> Config:
-    """The configuration in the text of one resolved file, as `to_toml` wrote it."""
-    return parse(tomllib.loads(text))
+def load_text(text: str, overrides: list[str] | None = None) -> Config:
+    """The configuration in the text of one resolved file, as `to_toml` wrote it, and `overrides` above."""
+    table = tomllib.loads(text)
+    for override in overrides or []:
+        apply_override(table, override)
+    return parse(table)
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
