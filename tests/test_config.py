@@ -85,6 +85,8 @@ def test_a_configuration_is_frozen(minimal):
         (["--run.steps=many"], ["run.steps = 'many'", "int"]),
         (["--run.steps=1.5"], ["run.steps = 1.5", "int"]),
         (["--learner.share_prefix=1"], ["learner.share_prefix = 1", "bool"]),
+        (["--generator.gpus=2"], ["generator.gpus = 2", "generator.engine = 'sglang'"]),
+        (["--generator.sglang.pyton=x"], ["generator.sglang.pyton = 'x'", "allowed are python"]),
         (["--generator.kv=drop"], ["generator.kv = 'drop'", "recompute, keep"]),
         (["--domains.0.source=web"], ["domains.0.source = 'web'", "reasoning_gym, file, callable"]),
         (["--domains.0.weight=heavy"], ["domains.0.weight = 'heavy'", "float"]),

@@ -47,6 +47,19 @@ def test_generators_take_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert seat(learning.configure("generator.device='cpu'"), {}).child_gpus == []
 
 
+def test_a_tensor_parallel_generator_takes_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    wide = ("generator.engine=sglang", "generator.gpus=2")
+    assert [each.child_gpus for each in seats(4, overrides=(*wide, "placement.learners=2"))] == [[], [], ["2,3"], ["4,5"]]
+    other_host = seats(2, 2, overrides=(*wide, "placement.learners=2"))
+    assert [each.child_gpus for each in other_host] == [[], [], ["0,1"], ["2,3"]]
+    lead = seats(2, overrides=(*wide, "placement.learners=2", "generator.local=3"))[0]
+    assert lead.child_gpus == ["2,3", "4,5", "6,7"]
+    with pytest.raises(ConfigError, match="generator.gpus = 9: this host shows 8"):
+        seats(2, overrides=("generator.engine=sglang", "generator.gpus=9"))
+
+
 def test_without_torchrun_one_rank_learns_and_supervises() -> None:
     alone = seat(learning.configure(), {})
     assert alone == seats(1)[0]
