@@ -65,6 +65,7 @@ class Actor:
         self._scorer = Scorer(config)
         self._weights = subscribe(
             config.weights.route,
+            directory=config.weights.directory,
             segment=welcome.segment,
             host=welcome.host,
             address=f"{link.address.rpartition(':')[0]}:{welcome.weights_port}",
@@ -74,6 +75,7 @@ class Actor:
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
         self._staging: Future[tuple[Staged, float]] | None = None
         self._wanted = -1  # the newest published version
+        self._peak = 0.0  # bytes a second, the most seen
         self._stage_from = 0.0  # when to try again after a staging that failed
         self._held: set[Key] = set()
         self._scoring: dict[Key, Sampled] = {}
@@ -187,7 +189,10 @@ class Actor:
             self._generator.load(staged.version, staged.tensors)
             pause_s = time.monotonic() - paused
             self._idle_s += pause_s
-            self._link.send(Applied(staged.incarnation, staged.version, stage_s, pause_s))
+            rate = staged.num_bytes / stage_s
+            self._peak = max(self._peak, rate)
+            costs = (stage_s, pause_s, staged.num_bytes, rate / self._peak)
+            self._link.send(Applied(staged.incarnation, staged.version, *costs))
             self._spoke = 0.0  # a heartbeat at once: the counters of this version
 
     def _stage(self, version: int) -> tuple[Staged, float]:

@@ -184,7 +184,9 @@ class Ops(Struct):
 
 
 class Weights(Struct):
-    route: Literal["auto", "shm", "tcp"] = "auto"
+    route: Literal["auto", "shm", "tcp", "disk"] = "auto"
+    directory: str = ""  # disk: seen by learner and generators under this path
+    delta: bool = True  # only what changed travels, where weights travel as bfloat16 and little did
 
 
 class Checkpoint(Struct):
@@ -383,6 +385,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"generator.gpus = {config.generator.gpus}: more than 1 needs generator.engine = 'sglang'")
     if config.generator.engine == "sglang" and config.model.fp32_head and config.generator.dtype != "float32":
         raise ConfigError("model.fp32_head = true: SGLang keeps its head in generator.dtype, so that must be float32")
+    if (config.weights.route == "disk") != bool(config.weights.directory):
+        raise ConfigError(f"weights.directory = {config.weights.directory!r}: exactly where weights.route = 'disk'")
     if not config.domains:
         raise ConfigError("domains: at least one [[domains]] table is needed")
     names = [domain.name for domain in config.domains]

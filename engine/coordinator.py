@@ -10,6 +10,7 @@ ticket, stand in no ledger row and never meet the buffer.
 
 import heapq
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from engine.roster import Roster
 from engine.schedule import Schedule
 from engine.schema import (
     Ack,
+    Applied,
     End,
     Evaluation,
     Failure,
@@ -43,6 +45,8 @@ from engine.snapshot import Snapshot, pack, unpack
 from engine.tally import PassRate, Tally, count, digest
 from engine.task import Task, followed, samplings
 from engine.tickets import Tickets
+
+COSTS = ("stage_s", "pause_s", "num_bytes", "link_share")  # of a version applied
 
 MAX_FAILURES = 3  # leases of one group that end badly before it is given up
 MIN_PROBES = 4  # prompts of the parity check
@@ -188,15 +192,20 @@ class Coordinator:
         member = self.roster.members[generator]
         member.seen_s, member.num_wanted = now, num_samples
 
-    def applied(self, generator: str, incarnation: int, version: int, now: float, detail: str = "") -> None:
-        """The generator samples with `version` from now on; `detail` goes to the ledger."""
-        self.roster.members[generator].seen_s = now
+    def applied(
+        self, generator: str, incarnation: int, version: int, now: float, message: Applied | None = None
+    ) -> None:
+        """The generator samples with `version` from now on; what `message` says of its costs goes to the ledger."""
+        member = self.roster.members[generator]
+        member.seen_s = now
         if incarnation != self.incarnation:
             return
+        member.newest = message
         self.roster.apply(generator, version, self.tickets.settled, now)
         self.tickets.settle(self.roster.applied_by_all)
         with self._ledger.transaction():
-            self._ledger.event("applied", version=version, generator=generator, detail=detail)
+            costs = "" if message is None else json.dumps({name: getattr(message, name) for name in COSTS})
+            self._ledger.event("applied", version=version, generator=generator, detail=costs)
 
     def heartbeat(self, generator: str, beat: Heartbeat, now: float) -> None:
         """A sign of life. A lease that was granted before the last heartbeat and is not held now never arrived."""
@@ -326,6 +335,7 @@ class Coordinator:
             generator_busy_s=busy_s,
             generator_idle_s=idle_s,
             completed_evaluations=completed,
+            slowest=self.roster.slowest,
         )
 
     # ---- time

@@ -1,7 +1,6 @@
 """The coordinator's process: messages in, leases and groups out, around the state machine in `coordinator`."""
 
 import argparse
-import json
 import signal
 import sys
 import time
@@ -152,8 +151,7 @@ class CoordinatorLoop:
         print(f"{peer} joined from {hello.host}, pid {hello.pid}", flush=True)
 
     def _on_applied(self, peer: str, message: Applied, now: float) -> None:
-        cost = json.dumps({"stage_s": message.stage_s, "pause_s": message.pause_s})
-        self._coordinator.applied(peer, message.incarnation, message.version, now, cost)
+        self._coordinator.applied(peer, message.incarnation, message.version, now, message)
 
     def _on_heartbeat(self, peer: str, beat: Heartbeat, now: float) -> None:
         self._coordinator.heartbeat(peer, beat, now)

@@ -24,7 +24,7 @@ from engine.schedule import Schedule
 from engine.schema import Evaluation, Group, Taken, Trained
 from engine.scores import Shape, left_out, scheduled_shape
 from engine.summary import records, summarise
-from engine.weights import Publisher
+from engine.weights import Manifest, Publisher
 
 
 class Mismatch(RuntimeError):
@@ -53,7 +53,7 @@ class Job:
             checkpoint.load(resume, self.learner)
         self.segment = f"{run.name}-{seat.rank}-{time.time_ns():x}"
         manifest = manifest_of(self.learner.model, config)
-        self.publisher = Publisher(self.segment, manifest) if self.lead else None
+        self.publisher = make_publisher(config, self.segment, manifest) if self.lead else None
         try:
             self.rollouts = Rollouts(config, run, seat, stop, self.segment, str(resume or ""))
         except BaseException:  # a stop at the start included: the segment must not outlive the job
@@ -225,6 +225,11 @@ class Job:
             self.recorder.close()
         if self.progress is not None:
             self.progress.close()
+
+
+def make_publisher(config: Config, segment: str, manifest: Manifest) -> Publisher:
+    delta = config.weights.delta and config.generator.dtype == "bfloat16"  # of float32 every step changes all
+    return Publisher(segment, manifest, delta=delta, directory=config.weights.directory)
 
 
 def prepare(config: Config, method: Method, shape: Shape, groups: list[Group], version: int) -> list[Update]:

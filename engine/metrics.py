@@ -24,6 +24,9 @@ kv_mixed                      share      groups sampled in part with an older ve
 buffered_groups               groups     arrived and not yet taken, after this take
 leased_groups                 groups     at the generators
 generators                   count      generators in the job
+transfer_s, transfer_bytes    -          what the newest weights took to the slowest generator, while it sampled on
+transfer_link_share           share      of the most bytes a second that this generator has seen
+pause_s                       seconds    in which it sampled nothing, to apply them
 effective_sample_size         share      (sum rho)^2 / (n sum rho^2), rho = policy / behaviour: 1 on policy
 mismatch                      nats       mean |log policy - log behaviour| of tokens of staleness 0: what generator and
                                          learner compute differently; left out of a step without such tokens
@@ -70,7 +73,7 @@ import msgspec
 import numpy as np
 
 from engine.config import Config, ConfigError
-from engine.schema import Evaluation, Group, State, Taken
+from engine.schema import Applied, Evaluation, Group, State, Taken
 from rewards.verdict import Verdict
 
 IDLE = 0.15  # a side that waits for more than this share of the time is not the bottleneck
@@ -156,6 +159,17 @@ def _queue(taken: Taken) -> Record:
         "buffered_groups": taken.state.buffered_groups,
         "leased_groups": taken.state.leased_groups,
         "generators": len(taken.state.generators),
+    } | _transfer(taken.state.slowest)
+
+
+def _transfer(slowest: Applied | None) -> Record:
+    if slowest is None:
+        return {}
+    return {
+        "transfer_s": slowest.stage_s,
+        "transfer_bytes": slowest.num_bytes,
+        "transfer_link_share": slowest.link_share,
+        "pause_s": slowest.pause_s,
     }
 
 

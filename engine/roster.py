@@ -7,6 +7,7 @@ or fails to apply a newer version in time.
 import msgspec
 
 from engine.config import Deadlines
+from engine.schema import Applied
 
 
 class Member(msgspec.Struct):
@@ -21,6 +22,7 @@ class Member(msgspec.Struct):
     generated_tokens: int = 0
     busy_s: float = 0.0
     idle_s: float = 0.0
+    newest: Applied | None = None  # what it said of the newest version
 
 
 class Roster:
@@ -51,6 +53,12 @@ class Roster:
             self.busy_s + sum(member.busy_s for member in members),
             self.idle_s + sum(member.idle_s for member in members),
         )
+
+    @property
+    def slowest(self) -> Applied | None:
+        """Of what the routed members said of their newest versions, what took longest to stage."""
+        said = [member.newest for member in self.members.values() if member.routed and member.newest is not None]
+        return max(said, key=lambda applied: applied.stage_s, default=None)
 
     # ---- versions
 

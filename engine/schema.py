@@ -120,6 +120,8 @@ class Applied(msgspec.Struct, tag=True, frozen=True):
     version: int
     stage_s: float  # seconds spent copying and verifying, while sampling went on
     pause_s: float  # seconds in which no token was sampled
+    num_bytes: int = 0  # that were copied: of the whole, or of a delta
+    link_share: float = 0.0  # num_bytes / stage_s, of the most that this generator has seen
 
 
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
@@ -282,6 +284,7 @@ class State(msgspec.Struct, frozen=True):
     generator_busy_s: float
     generator_idle_s: float
     completed_evaluations: list[Evaluation] = []
+    slowest: Applied | None = None  # of what the members applied last, what took longest to stage
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):

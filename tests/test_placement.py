@@ -51,7 +51,8 @@ def test_a_tensor_parallel_generator_takes_several_gpus(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     wide = ("generator.engine=sglang", "generator.gpus=2")
-    assert [each.child_gpus for each in seats(4, overrides=(*wide, "placement.learners=2"))] == [[], [], ["2,3"], ["4,5"]]
+    one_host = seats(4, overrides=(*wide, "placement.learners=2"))
+    assert [each.child_gpus for each in one_host] == [[], [], ["2,3"], ["4,5"]]
     other_host = seats(2, 2, overrides=(*wide, "placement.learners=2"))
     assert [each.child_gpus for each in other_host] == [[], [], ["0,1"], ["2,3"]]
     lead = seats(2, overrides=(*wide, "placement.learners=2", "generator.local=3"))[0]

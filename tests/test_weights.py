@@ -4,6 +4,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ import zmq
 from engine.config import ConfigError
 from engine.ops import buckets
 from engine.weights import Manifest, Publisher, Server, Subscriber, WeightsError, host_id, segment, subscribe
-from engine.weights.segment import Header, Overwritten, Segment, as_hex
+from engine.weights.segment import Header, Overwritten, Part, Segment, as_hex
 from engine.weights.subscribe import ATTEMPTS
 from engine.weights.tcp import Describe, Read, TcpSource
 
@@ -138,13 +139,13 @@ def test_what_is_not_there_is_an_error(publisher: Publisher, subscriber: Subscri
         subscriber.stage(0, 2)
 
 
-def test_a_staged_copy_is_private(publisher: Publisher, subscriber: Subscriber) -> None:
+def test_a_staged_copy_is_private_until_the_next(publisher: Publisher, subscriber: Subscriber) -> None:
     publisher.publish(0, 1, tensors(1))
     first = subscriber.stage(0, 1)
     for version in (2, 3):
         publisher.publish(0, version, tensors(version))
-    second = subscriber.stage(0, 3)
-    assert values(first.tensors) == {1.0} and values(second.tensors) == {3.0}
+    assert values(first.tensors) == {1.0}
+    assert values(subscriber.stage(0, 3).tensors) == {3.0}
 
 
 class Disturbed:
@@ -158,9 +159,9 @@ class Disturbed:
         self.close = self._inner.close
         self.num_reads = 0
 
-    def read(self, header: Header, into: np.ndarray) -> Iterator[slice]:
+    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[slice]:
         self.num_reads += 1
-        for number, piece in enumerate(self._inner.read(header, into)):
+        for number, piece in enumerate(self._inner.read(header, part, into)):
             yield piece
             if number == 0:
                 self._disturb()
@@ -180,7 +181,7 @@ def test_a_copy_overwritten_meanwhile_is_made_again(
 def test_an_overwrite_ends_the_read_at_its_next_piece(publisher: Publisher) -> None:
     publisher.publish(0, 1, tensors(1))
     with closing(Segment.open(publisher.name)) as reader:
-        landed = reader.read(reader.headers()[0], np.empty(MANIFEST.num_bytes, np.uint8))
+        landed = reader.read(reader.headers()[0], "payload", np.empty(MANIFEST.num_bytes, np.uint8))
         next(landed)
         for version in (2, 3):
             publisher.publish(0, version, tensors(version))
@@ -292,6 +293,32 @@ def test_a_file_of_another_layout_is_refused(name: str) -> None:
 def test_readers_cannot_write(publisher: Publisher) -> None:
     with closing(Segment.open(publisher.name)) as reader, pytest.raises(ValueError, match="read-only"):
         reader.payload(0)[0] = 1
+
+
+def test_versions_on_disk_arrive_whole_and_old_ones_go(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    place = {"segment": name, "host": "", "address": "", "timeout_s": 5.0, "directory": str(folder)}
+    with closing(Publisher(name, MANIFEST, directory=str(folder))) as publisher:
+        with pytest.raises(WeightsError, match="holds no version"):
+            subscribe("disk", **place)
+        for version in range(9, 12):
+            digest = publisher.publish(0, version, tensors(version))
+        with closing(subscribe("disk", **place)) as subscriber:
+            staged = subscriber.stage(0, 11)
+            assert (staged.version, staged.digest, values(staged.tensors)) == (11, digest, {11.0})
+            assert values(subscriber.stage(0, 10).tensors) == {10.0}
+            assert len(list(folder.iterdir())) == 2
+            with pytest.raises(WeightsError, match="the newest is"):
+                subscriber.stage(0, 12)
+            newest = folder / f"{name}-0-11.safetensors"
+            content = bytearray(newest.read_bytes())
+            content[-5] ^= 1
+            newest.write_bytes(content)
+            with pytest.raises(WeightsError, match="no whole copy"):
+                subscriber.stage(0, 11)
+            newest.write_bytes(content[:1000])  # as a writer that died would leave it under this name
+            assert subscriber.stage(0, 10).version == 10
+    assert list(folder.iterdir()) == []
 
 
 def test_auto_is_shared_memory_where_it_can_be_seen(publisher: Publisher) -> None:

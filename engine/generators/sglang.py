@@ -250,20 +250,22 @@ class SGLang:
         for sequence in request.sequences:
             task = self._loop.create_task(self._complete(request, sequence))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
 
     async def _complete(self, request: Request, sequence: Sequence) -> None:
         """One completion from its first token to its last, over as many requests as versions."""
-        try:
-            while sequence.finish is None and not request.cancelled:
-                await self._open.wait()
-                await self._fly(request, sequence)
-            if not request.cancelled and (sampled := request.finished()) is not None:
-                self._requests.remove(request)
-                self._finished.append(sampled)
-                os.write(self._wake_write, b".")
-        except ServerError as error:
-            self._fail(error)
+        while sequence.finish is None and not request.cancelled:
+            await self._open.wait()
+            await self._fly(request, sequence)
+        if not request.cancelled and (sampled := request.finished()) is not None:
+            self._requests.remove(request)
+            self._finished.append(sampled)
+            os.write(self._wake_write, b".")
 
     async def _fly(self, request: Request, sequence: Sequence) -> None:
         """One request to the server, to its end or until it is aborted."""
@@ -385,7 +387,7 @@ class SGLang:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.close()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Keeps the first error for `poll`."""
         if self._server is not None:
             self._loop.remove_reader(self._server.fd)
@@ -393,7 +395,7 @@ class SGLang:
             self._error = self._reason(error)
             os.write(self._wake_write, b".")
 
-    def _reason(self, error: Exception) -> Exception:
+    def _reason(self, error: BaseException) -> Exception:
         """The server's end, where that is behind `error`."""
         if self._server is not None and self._server.exited():
             return self._server.error()

@@ -2,11 +2,12 @@
 
 File `/dev/shm/leeway-NAME`:
 
-    0      magic, length of the manifest, bytes of a slot          64 + 64 i    header of slot i
-    4096   manifest (JSON)                                         then, each on a page, the two payloads
+    0      magic, length of the manifest, room of a delta          64 + 64 i    header of slot i
+    4096   manifest (JSON)                                         then, each on a page, two payloads and two deltas
 
-A slot's header is `sequence incarnation version digest check`, uint64 each. The one writer makes `sequence` odd, writes
-the payload, then the header, and makes `sequence` even again. Readers take no lock, so a reader that is killed leaves
+A slot's header is `sequence incarnation version digest base delta_bytes check`, uint64 each; the delta makes the slot's
+payload out of one whose digest is `base`. The one writer makes `sequence` odd, writes payload and delta, then the
+header, and makes `sequence` even again. Readers take no lock, so a reader that is killed leaves
 nothing behind; a writer killed in the middle leaves its slot odd for ever and the other slot whole. A reader trusts a
 slot whose header has an even sequence and a right `check`, copies it, finds the header unchanged and the copy's digest
 (engine.ops.buckets) equal to `digest`. The last two also cover memory that is not seen in the order in which it was
@@ -22,7 +23,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 import numpy as np
@@ -36,7 +37,9 @@ PREFIX = "leeway-"
 PIECE_BYTES = 1 << 20  # copied at a time: short enough to notice an overwrite early and to hash from the cache
 NUM_SLOTS = 2
 
-_MAGIC = b"leeway02"
+Part = Literal["payload", "delta"]
+
+_MAGIC = b"leeway03"
 _PREAMBLE = struct.Struct("<8sQQ")
 _SLOT_HEADERS_AT = 64
 _SLOT_HEADER_WORDS = 8  # a cache line
@@ -51,6 +54,8 @@ class Header(msgspec.Struct, frozen=True):
     incarnation: int
     version: int
     digest: int  # of the payload, 64 bits
+    base: int = 0  # the digest of the payload that the delta belongs to
+    delta_bytes: int = 0  # 0: there is no delta
 
     @property
     def age(self) -> tuple[int, int]:
@@ -59,8 +64,8 @@ class Header(msgspec.Struct, frozen=True):
 
     @property
     def check(self) -> int:
-        words = struct.pack("<QQQQ", self.sequence, self.incarnation, self.version, self.digest)
-        return xxhash.xxh3_64_intdigest(words)
+        facts = (self.sequence, self.incarnation, self.version, self.digest, self.base, self.delta_bytes)
+        return xxhash.xxh3_64_intdigest(struct.pack("<6Q", *facts))
 
 
 class Overwritten(Exception):
@@ -70,9 +75,10 @@ class Overwritten(Exception):
 class Segment:
     """The mapped segment: `create` it to write, `open` it to read (the mapping is then read-only)."""
 
-    def __init__(self, name: str, fd: int, manifest: Manifest, *, writable: bool) -> None:
+    def __init__(self, name: str, fd: int, manifest: Manifest, delta_room: int, *, writable: bool) -> None:
         self.name = name
         self.manifest = manifest
+        self.delta_room = delta_room  # bytes
         self._fd = fd
         self._writable = writable
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
@@ -80,10 +86,12 @@ class Segment:
         self._slots_at = _page_up(_MANIFEST_AT + len(manifest.encode()))
 
     @classmethod
-    def create(cls, name: str, manifest: Manifest) -> Self:
-        """A new segment without a version in it. Raises `ConfigError` where shared memory is too small."""
+    def create(cls, name: str, manifest: Manifest, delta_room: int = 0) -> Self:
+        """A new segment without a version in it, with room for deltas of so many bytes. Raises `ConfigError` where
+        shared memory is too small."""
         encoded = manifest.encode()
-        size = _page_up(_MANIFEST_AT + len(encoded)) + NUM_SLOTS * _page_up(manifest.num_bytes)
+        slots = NUM_SLOTS * (_page_up(manifest.num_bytes) + _page_up(delta_room))
+        size = _page_up(_MANIFEST_AT + len(encoded)) + slots
         fd = _create_locked(_path(name))
         try:
             os.posix_fallocate(fd, 0, size)  # else a full /dev/shm is a SIGBUS in the middle of a publish
@@ -96,8 +104,8 @@ class Segment:
                 f"{free.f_bavail * free.f_frsize >> 20} MiB free ({error.strerror}); containers: --shm-size"
             ) from error
         os.pwrite(fd, encoded, _MANIFEST_AT)
-        os.pwrite(fd, _PREAMBLE.pack(_MAGIC, len(encoded), _page_up(manifest.num_bytes)), 0)
-        return cls(name, fd, manifest, writable=True)
+        os.pwrite(fd, _PREAMBLE.pack(_MAGIC, len(encoded), delta_room), 0)
+        return cls(name, fd, manifest, delta_room, writable=True)
 
     @classmethod
     def open(cls, name: str) -> Self:
@@ -107,31 +115,37 @@ class Segment:
         except FileNotFoundError as error:
             raise WeightsError(f"there is no segment {_path(name)}: its job has ended or is on another host") from error
         preamble = os.pread(fd, _PREAMBLE.size, 0).ljust(_PREAMBLE.size, b"\0")
-        magic, length, _ = _PREAMBLE.unpack(preamble)
+        magic, length, delta_room = _PREAMBLE.unpack(preamble)
         if magic != _MAGIC:
             os.close(fd)
             raise WeightsError(f"{_path(name)} is no segment of this layout: {magic!r}, expected {_MAGIC!r}")
-        return cls(name, fd, Manifest.decode(os.pread(fd, length, _MANIFEST_AT)), writable=False)
+        return cls(name, fd, Manifest.decode(os.pread(fd, length, _MANIFEST_AT)), delta_room, writable=False)
 
     def payload(self, slot: int) -> np.ndarray:
         """uint8 [manifest.num_bytes], a view of the shared memory."""
         start = self._slots_at + slot * _page_up(self.manifest.num_bytes)
         return self._bytes[start : start + self.manifest.num_bytes]
 
+    def delta(self, slot: int) -> np.ndarray:
+        """uint8 [delta_room], a view of the shared memory."""
+        start = self._slots_at + NUM_SLOTS * _page_up(self.manifest.num_bytes) + slot * _page_up(self.delta_room)
+        return self._bytes[start : start + self.delta_room]
+
     def headers(self) -> list[Header]:
         """The slots that hold a whole version, newest first."""
         found = [header for header in map(self._header, range(NUM_SLOTS)) if header is not None]
         return sorted(found, key=lambda header: header.age, reverse=True)
 
-    def read(self, header: Header, into: np.ndarray) -> Iterator[slice]:
-        """Copies the payload of `header` piece by piece, yielding each piece's place. Raises `Overwritten`."""
-        for piece in pieces(self.manifest.num_bytes):
-            self.copy(header, piece, into[piece])
+    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[slice]:
+        """Copies a part of `header` piece by piece, yielding each piece's place. Raises `Overwritten`."""
+        for piece in pieces(len(into)):
+            self.copy(header, part, piece, into[piece])
             yield piece
 
-    def copy(self, header: Header, piece: slice, into: np.ndarray) -> None:
+    def copy(self, header: Header, part: Part, piece: slice, into: np.ndarray) -> None:
         """Copies one piece (without the GIL). Raises `Overwritten` if the slot no longer holds what `header` says."""
-        np.copyto(into, self.payload(header.slot)[piece])
+        source = self.payload(header.slot) if part == "payload" else self.delta(header.slot)
+        np.copyto(into, source[piece])
         if self._header(header.slot) != header:
             raise Overwritten
 
@@ -142,11 +156,13 @@ class Segment:
         self._words(slot)[0] |= np.uint64(1)
         return slot
 
-    def commit(self, slot: int, incarnation: int, version: int, digest: int) -> None:
-        """Lets readers see the slot's payload as (incarnation, version)."""
+    def commit(
+        self, slot: int, incarnation: int, version: int, digest: int, *, base: int = 0, delta_bytes: int = 0
+    ) -> None:
+        """Lets readers see the slot's payload as (incarnation, version), and the delta beside it."""
         words = self._words(slot)
-        header = Header(slot, int(words[0]) + 1, incarnation, version, digest)
-        words[1:5] = (header.incarnation, header.version, header.digest, header.check)
+        header = Header(slot, int(words[0]) + 1, incarnation, version, digest, base, delta_bytes)
+        words[1:7] = (incarnation, version, digest, base, delta_bytes, header.check)
         words[0] = header.sequence
 
     def close(self) -> None:
@@ -162,9 +178,9 @@ class Segment:
 
     def _header(self, slot: int) -> Header | None:
         """What the slot holds; none while it is written, or was never written."""
-        sequence, incarnation, version, digest, check = self._words(slot)[:5].tolist()
-        header = Header(slot, sequence, incarnation, version, digest)
-        return header if sequence > 0 and sequence % 2 == 0 and check == header.check else None
+        *facts, check = self._words(slot)[:7].tolist()
+        header = Header(slot, *facts)
+        return header if header.sequence > 0 and header.sequence % 2 == 0 and check == header.check else None
 
 
 def as_hex(digest: int) -> str:

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from engine.ops import buckets
+from engine.weights.delta import apply
+from engine.weights.disk import DiskSource
 from engine.weights.manifest import Manifest, WeightsError
-from engine.weights.segment import Header, Overwritten, Segment, as_hex, exists, host_id
+from engine.weights.segment import Header, Overwritten, Part, Segment, as_hex, exists, host_id
 from engine.weights.tcp import TcpSource
 
 ATTEMPTS = 8  # each lost one means that two versions were published during one copy
@@ -24,8 +27,8 @@ class Source(Protocol):
         """The whole versions there are now, newest first."""
         ...
 
-    def read(self, header: Header, into: np.ndarray) -> Iterator[slice]:
-        """Fills `into`, uint8 [manifest.num_bytes], yielding each piece in order as it lands. Raises `Overwritten`."""
+    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[slice]:
+        """Fills `into`, uint8 [bytes of the part], yielding each piece in order as it lands. Raises `Overwritten`."""
         ...
 
     def close(self) -> None: ...
@@ -33,12 +36,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Staged:
-    """A whole version that belongs to the caller: nobody else reads or writes these tensors."""
+    """A whole version, the caller's until the next call of `stage` writes over it."""
 
     incarnation: int
     version: int
     digest: str  # of the payload, equal to the publisher's
     tensors: dict[str, torch.Tensor]
+    num_bytes: int  # that travelled
+
+
+Memory = Callable[[int], torch.Tensor]
 
 
 def fresh(num_bytes: int) -> torch.Tensor:
@@ -46,13 +53,16 @@ def fresh(num_bytes: int) -> torch.Tensor:
 
 
 class Subscriber:
-    """Stages versions from `source` in what `memory` gives for a number of bytes: uint8 [bytes], fresh, or the same
-    again where what was staged before is no longer read. One call at a time; it may come from any thread."""
+    """Stages versions from `source` in memory of the host that `memory` gives for a number of bytes. What it holds is
+    the base of the next delta; where that is over another base, or not there, the whole version is read. One call at a
+    time; it may come from any thread."""
 
-    def __init__(self, source: Source, memory: Callable[[int], torch.Tensor] = fresh):
+    def __init__(self, source: Source, memory: Memory = fresh):
         self.manifest = source.manifest
         self._source = source
-        self._memory = memory
+        self._payload = memory(self.manifest.num_bytes)
+        self._total = 0  # the sum over the payload
+        self._digest: int | None = None  # of the whole version in the payload; none while there is none
 
     def stage(self, incarnation: int, version: int) -> Staged:
         """(incarnation, version) if it is still there, else the newest, which is then newer.
@@ -78,33 +88,61 @@ class Subscriber:
         return next((header for header in headers if header.age == asked), headers[0] if headers else None)
 
     def _copy(self, header: Header) -> Staged | None:
-        """A private copy of the slot; none if it was overwritten meanwhile or its digest differs."""
-        payload = self._memory(self.manifest.num_bytes)
-        total = 0
+        """The slot's version in our memory; none if it was overwritten meanwhile or its digest differs."""
+        by_delta = header.delta_bytes > 0 and header.base == self._digest
+        self._digest = None
         try:
-            for piece in self._source.read(header, payload.numpy()):
-                total += int(buckets.checksum(payload[piece], piece.start))
+            num_bytes = self._apply(header) if by_delta else self._read(header)
         except Overwritten:
             return None
-        if buckets.digest(total, self.manifest.num_bytes) != header.digest:
+        if buckets.digest(self._total, self.manifest.num_bytes) != header.digest:
             return None
-        return Staged(header.incarnation, header.version, as_hex(header.digest), self.manifest.views(payload))
+        self._digest = header.digest
+        tensors = self.manifest.views(self._payload)
+        return Staged(header.incarnation, header.version, as_hex(header.digest), tensors, num_bytes)
+
+    def _read(self, header: Header) -> int:
+        self._total = 0
+        for piece in self._source.read(header, "payload", self._payload.numpy()):
+            self._total += int(buckets.checksum(self._payload[piece], piece.start))
+        return self.manifest.num_bytes
+
+    def _apply(self, header: Header) -> int:
+        encoded = torch.empty(header.delta_bytes, dtype=torch.uint8)
+        for _ in self._source.read(header, "delta", encoded.numpy()):
+            pass
+        try:
+            self._total += apply(self.manifest, self._payload, encoded)
+        except ValueError as error:  # it was torn while it was read: no writer makes one that does not fit
+            raise Overwritten from error
+        return header.delta_bytes
 
 
-ROUTES: dict[str, Callable[[str, str, float], Source]] = {
-    "shm": lambda segment, address, timeout_s: Segment.open(segment),
-    "tcp": lambda segment, address, timeout_s: TcpSource(address, timeout_s),
+@dataclass(frozen=True)
+class Place:
+    """Where a job's weights are: the segment's name, the `host_id` where it is, the address ("tcp://HOST:PORT") of the
+    server in front of it, and for the route "disk" a directory. `timeout_s` bounds each wait for the server."""
+
+    segment: str
+    host: str
+    address: str
+    timeout_s: float
+    directory: str = ""
+
+
+ROUTES: dict[str, Callable[[Place], Source]] = {
+    "shm": lambda place: Segment.open(place.segment),
+    "tcp": lambda place: TcpSource(place.address, place.timeout_s),
+    "disk": lambda place: DiskSource(Path(place.directory), place.segment),
 }
 
 
-def subscribe(
-    route: Literal["auto", "shm", "tcp"], *, segment: str, host: str, address: str, timeout_s: float, **options: Any
-) -> Subscriber:
-    """A subscriber of the segment on `host` (a `host_id`), or of the server at `address` ("tcp://HOST:PORT").
+def subscribe(route: Literal["auto", "shm", "tcp", "disk"], memory: Memory = fresh, **place: Any) -> Subscriber:
+    """A subscriber at the `Place` that the keywords say, which stages in `memory`.
 
-    "auto" is "shm" where this process can see the segment, else "tcp". `timeout_s` bounds each wait for the server;
-    `options` are the subscriber's. Raises `WeightsError` where neither is there.
+    "auto" is "shm" where this process can see the segment, else "tcp". Raises `WeightsError` where nothing is there.
     """
+    where = Place(**place)
     if route == "auto":
-        route = "shm" if host == host_id() and exists(segment) else "tcp"
-    return Subscriber(ROUTES[route](segment, address, timeout_s), **options)
+        route = "shm" if where.host == host_id() and exists(where.segment) else "tcp"
+    return Subscriber(ROUTES[route](where), memory)

@@ -13,7 +13,7 @@ import numpy as np
 import zmq
 
 from engine.weights.manifest import Manifest, WeightsError
-from engine.weights.segment import Header, Overwritten, Segment, pieces
+from engine.weights.segment import Header, Overwritten, Part, Segment, pieces
 
 PIECES_AHEAD = 8
 
@@ -27,11 +27,12 @@ class Look(msgspec.Struct, tag=True, frozen=True):
 
 
 class Read(msgspec.Struct, tag=True, frozen=True):
-    """Asks for payload bytes; answered by them, or by an empty frame where the slot no longer holds `header`."""
+    """Asks for bytes of a part; answered by them, or by an empty frame where the slot no longer holds `header`."""
 
     header: Header
     start: int
     stop: int
+    part: Part = "payload"
 
 
 class Server:
@@ -70,11 +71,12 @@ class Server:
                 return self._segment.manifest.encode()
             case Look():
                 return msgspec.msgpack.encode(self._segment.headers())
-            case Read(header, start, stop) if header in self._segment.headers():
-                piece = slice(start, stop)
-                copy = np.empty_like(self._segment.payload(header.slot)[piece])
+            case Read(header, start, stop, part) if header in self._segment.headers():
+                length = len(self._segment.payload(header.slot)) if part == "payload" else header.delta_bytes
+                start, stop, _ = slice(start, stop).indices(length)
+                copy = np.empty(max(0, stop - start), np.uint8)
                 try:
-                    self._segment.copy(header, piece, copy)
+                    self._segment.copy(header, part, slice(start, stop), copy)
                 except Overwritten:
                     return b""
                 return copy.data
@@ -94,9 +96,9 @@ class TcpSource:
     def headers(self) -> list[Header]:
         return msgspec.msgpack.decode(self._ask(Look()), type=list[Header])
 
-    def read(self, header: Header, into: np.ndarray) -> Iterator[slice]:
-        places = list(pieces(self.manifest.num_bytes))
-        requests = [Read(header, place.start, place.stop) for place in places]
+    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[slice]:
+        places = list(pieces(len(into)))
+        requests = [Read(header, place.start, place.stop, part) for place in places]
         with self._connect() as socket:  # a new connection: answers to an abandoned read die with its own
             for request in requests[:PIECES_AHEAD]:
                 socket.send(msgspec.msgpack.encode(request))
