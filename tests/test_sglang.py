@@ -232,7 +232,7 @@ def test_the_end_of_sequence_token_is_part_of_the_completion(engine: SGLang) -> 
 
 def test_stop_strings_end_a_completion_also_across_an_update(engine: SGLang) -> None:
     """Any of 196 pairs of letters, of which some lie on both sides of a request's end."""
-    letters = [TOKENIZER.convert_ids_to_tokens(number) for number in range(2, len(TOKENIZER))]
+    letters = [str(TOKENIZER.convert_ids_to_tokens(number)) for number in range(2, len(TOKENIZER))]
     stop = tuple(a + b for a in letters[::4] for b in letters[::4])
     for group_id in range(10):
         engine.submit(lease(group_id, num_samples=2, max_new_tokens=40, stop=stop))

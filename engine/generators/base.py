@@ -1,7 +1,7 @@
 """What every generator offers to the actor loop, be it embedded or a server."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -75,6 +75,6 @@ class Generator(Protocol):
         ...
 
 
-def stop_ids(*given: int | list[int] | None) -> list[int]:
-    """The tokens that end a completion, of what a tokenizer and a model's configuration say."""
+def stop_ids(*given: Any) -> list[int]:
+    """The tokens that end a completion: numbers, lists of them or None, as tokenizers and configurations have them."""
     return sorted({number for entry in given if entry is not None for number in np.atleast_1d(entry).tolist()})
