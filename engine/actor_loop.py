@@ -1,6 +1,6 @@
 """The generator's loop: leases in, scored groups out, new weights taken between two decode steps.
 
-    python -m engine.actor_loop --join tcp://HOST:PORT
+    python -m engine.actor_loop --join tcp://HOST:PORT --key FILE
 
 joins a running job from any host and may leave at any time (Ctrl-C, or `kill -9`): its leases go to others. The
 generators that a job starts by itself run the same command. `--generator.FIELD=VALUE` overrides the job's for this
@@ -22,6 +22,7 @@ import torch
 from engine.config import Config, ConfigError, load_text
 from engine.generators.base import Generator, Sampled
 from engine.generators.table import GENERATORS
+from engine.keys import JoinKey
 from engine.process import ProcessDied, die_with_parent
 from engine.schema import (
     SCHEMA_VERSION,
@@ -57,7 +58,7 @@ Key = tuple[Kind, int, int]  # kind, group_id, attempt: one lease
 class Actor:
     """Moves leases through the generator and the scorer; owns no thread but the one that stages weights."""
 
-    def __init__(self, config: Config, welcome: Welcome, link: Link, name: str):
+    def __init__(self, config: Config, welcome: Welcome, link: Link, name: str, key: JoinKey | None):
         self._config, self._link, self._name = config, link, name
         self._incarnation = welcome.incarnation
         self._tokenizer = from_files(welcome.files)
@@ -71,6 +72,7 @@ class Actor:
             address=f"{link.address.rpartition(':')[0]}:{welcome.weights_port}",
             timeout_s=config.deadlines.publish_s,
             memory=self._generator.memory,
+            key=key,
         )
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
         self._staging: Future[tuple[Staged, float]] | None = None
@@ -275,7 +277,7 @@ class Actor:
         return max(0, self._generator.num_free_slots + ahead)
 
 
-def join(address: str, name: str, overrides: list[str]) -> tuple[Config, Welcome, Link]:
+def join(address: str, name: str, key: JoinKey | None, overrides: list[str]) -> tuple[Config, Welcome, Link]:
     """Says hello to the coordinator at `address` and waits for its welcome.
 
     Raises `Silence` where nobody answers within 30 s, `ConnectionRefusedError` where the job refuses and `ConfigError`
@@ -284,9 +286,9 @@ def join(address: str, name: str, overrides: list[str]) -> tuple[Config, Welcome
     for override in overrides:
         if not override.startswith(OWN):
             raise ConfigError(f"{override}: a generator that joins overrides {', '.join(OWN)} alone")
-    link = Link(ToGenerator, connect=address, identity=name)
+    link = Link(ToGenerator, connect=address, identity=name, key=key)
     link.send(Hello(SCHEMA_VERSION, name, socket.gethostname(), os.getpid()))
-    message: Any = link.receive(30.0, f"{name}: joining the job at {address}")
+    message: Any = link.receive(30.0, f"{name}: joining the job at {address} {'with' if key else 'without'} a key")
     if isinstance(message, Stop):
         raise ConnectionRefusedError(f"{name}: the job at {address} refused: {message.reason}")
     return load_text(message.config, overrides), message, link
@@ -295,6 +297,7 @@ def join(address: str, name: str, overrides: list[str]) -> tuple[Config, Welcome
 def main() -> int:
     parser = argparse.ArgumentParser(description="A generator that joins a running job.")
     parser.add_argument("--join", required=True, metavar="ADDRESS", help="tcp://HOST:PORT, as the job prints it")
+    parser.add_argument("--key", default="", metavar="FILE", help="join.key of the run; default: $LEEWAY_KEY")
     parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="unique within the job")
     parser.add_argument("--threads", type=int, default=0, help="of torch; default: OMP_NUM_THREADS or all cores")
     arguments, overrides = parser.parse_known_args()
@@ -304,12 +307,13 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        config, welcome, link = join(arguments.join, arguments.name, overrides)
+        key = JoinKey.find(arguments.key)
+        config, welcome, link = join(arguments.join, arguments.name, key, overrides)
     except (Silence, ConnectionRefusedError, ConfigError) as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 1
     try:
-        actor = Actor(config, welcome, link, arguments.name)
+        actor = Actor(config, welcome, link, arguments.name, key)
     except (ConfigError, ProcessDied) as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 1

@@ -208,6 +208,7 @@ class Placement(Struct):
     learners: int = 0  # torchrun ranks that learn; 0: one rank: 1; more: all but one
     bind: str = "127.0.0.1"  # interface of the coordinator and of the weights server
     port: int = 0  # of the coordinator; 0: a free one
+    trusted: bool = False  # the network is: generators need no key, and nothing is encrypted
 
 
 class Deadlines(Struct):

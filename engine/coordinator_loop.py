@@ -12,6 +12,7 @@ import zmq
 from engine import tokenizer
 from engine.config import Config, ConfigError, load, to_toml
 from engine.coordinator import Coordinator
+from engine.keys import Lock
 from engine.ledger import Ledger
 from engine.process import die_with_parent
 from engine.prompts import Prompts
@@ -64,8 +65,12 @@ class CoordinatorLoop:
     def __init__(self, config: Config, run: RunDirectory, learner: str, segment: str, snapshot: bytes | None):
         self._config, self._run, self._segment = config, run, segment
         self._link = Link(FromLearner, connect=learner)
-        self._hub = Hub(config.placement.bind, config.placement.port, FromGenerator)
-        self._weights = Server(segment, config.placement.bind)
+        self._lock = None if config.placement.trusted else Lock()
+        self._hub = Hub(config.placement.bind, config.placement.port, FromGenerator, self._lock)
+        self._weights = Server(segment, config.placement.bind, self._lock)
+        self._num_refused = 0
+        if self._lock is not None:
+            self._lock.key.write(run.key)
         self._ledger = Ledger(run.ledger)
         self._files = {path.name: path.read_bytes() for path in description(run.model)}
         prompts = Prompts(config, tokenizer.from_files(self._files))
@@ -103,6 +108,7 @@ class CoordinatorLoop:
             now = time.monotonic()
             for line in self._coordinator.tick(now):
                 print(line, flush=True)
+            self._count_strangers()
             self._answer(now)
             for generator, leases in self._coordinator.grants(now).items():
                 self._hub.send(generator, Leases(self._incarnation, leases))
@@ -110,9 +116,20 @@ class CoordinatorLoop:
     def close(self) -> None:
         self._tap.close()
         self._ledger.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._run.key.unlink(missing_ok=True)
         self._hub.close()
         self._link.close()
         self._weights.close()
+
+    def _count_strangers(self) -> None:
+        """Notes connections without the job's key, and frames that are no message."""
+        refused = self._hub.malformed + self._weights.num_refused + (self._lock.num_refused if self._lock else 0)
+        if refused > self._num_refused:
+            with self._ledger.transaction():
+                self._ledger.event("refused", detail=f"{refused - self._num_refused} connections or messages")
+            self._num_refused = refused
 
     # ---- generators ----
 

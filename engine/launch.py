@@ -13,6 +13,7 @@ if __name__ == "__main__":
     sys.path.append(os.getcwd())  # the user's own rewards and data
 
 import argparse
+import shlex
 from typing import NoReturn
 
 import msgspec
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from engine import checkpoint, plan, stages, tokenizer, warm_start
+from engine import checkpoint, keys, plan, stages, tokenizer, warm_start
 from engine.algorithms.method import compose
 from engine.config import Config, ConfigError, Model, load
 from engine.generators.table import check_generator
@@ -39,8 +40,9 @@ from engine.scores import shape_by
 from engine.stream import Silence
 from engine.weights import WeightsError
 
-# In the ranks' store.
+# In the ranks' store, which torchrun does not encrypt.
 RUN_KEY, STAGE_KEY, ADDRESS_KEY, DONE_KEY = "leeway/run", "leeway/stage", "leeway/address", "leeway/done"
+JOIN_KEY = "leeway/key"
 
 
 class Parser(argparse.ArgumentParser):
@@ -184,8 +186,9 @@ def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | No
     job = Job(config, run, place, stop, policy, None if resume is None else checkpoint.latest(run.path))
     try:
         if store is not None and job.lead:
+            store.set(JOIN_KEY, "" if config.placement.trusted else run.key.read_text())
             store.set(ADDRESS_KEY, job.rollouts.address)
-        job.say(f"other generators join by python -m engine.actor_loop --join {job.rollouts.address}")
+        job.say(f"other generators join by python -m engine.actor_loop {shlex.join(job.join_arguments)}")
         learn(job)
         job.finish()
         if store is not None and job.lead:
@@ -202,6 +205,7 @@ def generator_rank(config: Config, place: Seat, stop: StopSignal, resume: str | 
     """Supervises one generator until the run ends."""
     assert store is not None
     address = store.get(ADDRESS_KEY).decode()
+    os.environ[keys.VARIABLE] = store.get(JOIN_KEY).decode()
     run = RunDirectory(Path(store.get(RUN_KEY).decode()))
     run.logs.mkdir(parents=True, exist_ok=True)  # on a host that does not share the run's file system
     name = f"generator-rank-{place.rank}"

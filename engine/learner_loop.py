@@ -70,12 +70,18 @@ class Job:
         supervisors = []
         for number in range(self.seat.num_children if self.lead else 0):
             name = f"generator-{number}"
-            arguments = ["--join", self.rollouts.address, "--name", name]
+            arguments = [*self.join_arguments, "--name", name]
             log = self.run.logs / f"{name}.log"
             gpus = self.seat.child_gpus[number : number + 1]
             supervisors.append(Supervisor(name, "engine.actor_loop", arguments, log, self.seat.child_threads, gpus))
             supervisors[-1].start()
         return supervisors
+
+    @property
+    def join_arguments(self) -> list[str]:
+        """What a generator needs to join, on this host."""
+        key = [] if self.config.placement.trusted else ["--key", str(self.run.key)]
+        return ["--join", self.rollouts.address, *key]
 
     # ---- the steps of the loop ----
 

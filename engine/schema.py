@@ -84,6 +84,14 @@ class Group(msgspec.Struct, frozen=True):
     kv_mixed: bool = False  # the KV cache held entries of an older version while tokens were sampled
     segment_ends: list[list[int]] = []  # one list a sample, or none at all
 
+    def check(self) -> None:
+        """Raises `ValueError` where its parts do not fit each other."""
+        columns = (self.token_ids, self.logprobs, self.versions, self.loss_mask)
+        if {column.shape for column in columns} != {(sum(self.lengths),)} or min(self.lengths, default=0) < 0:
+            raise ValueError(f"group {self.group_id}: {[column.size for column in columns]} tokens, not {self.lengths}")
+        if not len(self.lengths) == len(self.finish) == len(self.verdicts):
+            raise ValueError(f"group {self.group_id}: {len(self.lengths)} completions, {len(self.verdicts)} verdicts")
+
     @property
     def num_samples(self) -> int:
         return len(self.lengths)
@@ -403,8 +411,8 @@ def encode(message: Any) -> list[Any]:
 def decode(frames: list[Any], kind: Any) -> Any:
     """The message of type `kind` that `frames` hold. Arrays are read-only views of the frames.
 
-    Raises `msgspec.ValidationError` for a header that does not fit `kind`, an unknown dtype or a frame of the wrong
-    size.
+    Raises `msgspec.DecodeError` for frames that are none: a header that does not fit `kind`, an unknown dtype, a frame
+    of the wrong size.
     """
 
     def land(expected: type, value: Any) -> Any:
@@ -415,4 +423,10 @@ def decode(frames: list[Any], kind: Any) -> Any:
             raise ValueError(f"an array of {dtype} on the wire")
         return np.frombuffer(frames[number], dtype=dtype).reshape(shape)
 
-    return msgspec.msgpack.decode(frames[0], type=kind, dec_hook=land)
+    try:
+        message = msgspec.msgpack.decode(frames[0], type=kind, dec_hook=land)
+        if isinstance(message, Result):
+            message.group.check()
+        return message
+    except (ValueError, TypeError, IndexError, RecursionError) as error:  # a DecodeError is a ValueError
+        raise msgspec.DecodeError(f"{type(error).__name__}: {error}") from error

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
+from engine.keys import JoinKey, Lock
 from engine.schema import SCHEMA_VERSION, TapRecord, decode, encode
 
 
@@ -30,8 +31,8 @@ class Watched(Protocol):
     def error(self) -> Exception: ...
 
 
-def _socket(kind: int) -> zmq.Socket:
-    socket = zmq.Context.instance().socket(kind)
+def _socket(kind: int, context: zmq.Context | None = None) -> zmq.Socket:
+    socket = (zmq.Context.instance() if context is None else context).socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)  # bounded by tickets and by acknowledgement, not by the socket
     socket.setsockopt(zmq.RCVHWM, 0)
@@ -41,13 +42,15 @@ def _socket(kind: int) -> zmq.Socket:
 class Link:
     """A peer's end of the connection to the coordinator."""
 
-    def __init__(self, incoming: Any, *, connect: str = "", identity: str = ""):
-        """Connects to `connect`, or binds a free port of the loopback interface where that is empty. Messages are
-        decoded as `incoming`."""
+    def __init__(self, incoming: Any, *, connect: str = "", identity: str = "", key: JoinKey | None = None):
+        """Connects to `connect`, with `key` where that is locked, or binds a free port of the loopback interface where
+        it is empty. Messages are decoded as `incoming`."""
         self.socket = _socket(zmq.DEALER)
         self._incoming = incoming
         if identity:
             self.socket.setsockopt(zmq.IDENTITY, identity.encode())
+        if key is not None:
+            key.unlock(self.socket)
         if connect:
             self.socket.connect(connect)
             self.address = connect
@@ -88,9 +91,11 @@ class Link:
 class Hub:
     """The coordinator's end towards its generators."""
 
-    def __init__(self, interface: str, port: int, incoming: Any):
+    def __init__(self, interface: str, port: int, incoming: Any, lock: Lock | None = None):
         """Binds `port` of `interface` (0: a free one). Raises `zmq.ZMQError` where it is in use."""
-        self.socket = _socket(zmq.ROUTER)
+        self.socket = _socket(zmq.ROUTER, None if lock is None else zmq.Context())
+        if lock is not None:
+            lock.guard(self.socket)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a restarted generator may come back under its name
         self._incoming = incoming
         if port:
@@ -107,7 +112,7 @@ class Hub:
             buffers = [frame.buffer for frame in frames]
             try:
                 yield bytes(identity.buffer).decode(), decode(buffers, self._incoming), buffers
-            except (msgspec.DecodeError, UnicodeDecodeError, ValueError, IndexError):
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 self.malformed += 1
 
     def send(self, peer: str, message: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from engine.keys import JoinKey
 from engine.ops import buckets
 from engine.weights.delta import apply
 from engine.weights.disk import DiskSource
@@ -121,18 +122,20 @@ class Subscriber:
 @dataclass(frozen=True)
 class Place:
     """Where a job's weights are: the segment's name, the `host_id` where it is, the address ("tcp://HOST:PORT") of the
-    server in front of it, and for the route "disk" a directory. `timeout_s` bounds each wait for the server."""
+    server in front of it, the key to that, and for the route "disk" a directory. `timeout_s` bounds each wait for the
+    server."""
 
     segment: str
     host: str
     address: str
     timeout_s: float
     directory: str = ""
+    key: JoinKey | None = None
 
 
 ROUTES: dict[str, Callable[[Place], Source]] = {
     "shm": lambda place: Segment.open(place.segment),
-    "tcp": lambda place: TcpSource(place.address, place.timeout_s),
+    "tcp": lambda place: TcpSource(place.address, place.timeout_s, place.key),
     "disk": lambda place: DiskSource(Path(place.directory), place.segment),
 }
 

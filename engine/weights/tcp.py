@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from engine.keys import JoinKey, Lock
 from engine.weights.manifest import Manifest, WeightsError
 from engine.weights.segment import Header, Overwritten, Part, Segment, pieces
 
@@ -38,17 +39,20 @@ class Read(msgspec.Struct, tag=True, frozen=True):
 class Server:
     """Serves the segment `name` on a free port of the interface `bind`, from a thread of its own."""
 
-    def __init__(self, name: str, bind: str) -> None:
+    def __init__(self, name: str, bind: str, lock: Lock | None = None) -> None:
         self._segment = Segment.open(name)
         self._context = zmq.Context()
         socket = self._context.socket(zmq.ROUTER)
         socket.linger = 0
+        if lock is not None:
+            lock.guard(socket)
         self.port = socket.bind_to_random_port(f"tcp://{bind}")
         self.num_refused = 0  # requests that could not be read
         self._thread = Thread(target=self._serve, args=(socket,), name="weights-server", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
+        """After the lock's end, where there is one."""
         self._context.term()  # wakes the thread, which closes the socket
         self._thread.join()
         self._segment.close()
@@ -87,8 +91,9 @@ class Server:
 class TcpSource:
     """A `Source` behind a `Server` at `address`. Every wait ends after `timeout_s` seconds with a `WeightsError`."""
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(self, address: str, timeout_s: float, key: JoinKey | None = None) -> None:
         self._address = address
+        self._key = key
         self._timeout_s = timeout_s
         self._context = zmq.Context()
         self.manifest = Manifest.decode(self._ask(Describe()))
@@ -122,6 +127,8 @@ class TcpSource:
     def _connect(self) -> zmq.Socket:
         socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
+        if self._key is not None:
+            self._key.unlock(socket)
         socket.connect(self._address)
         return socket
 
