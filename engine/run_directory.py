@@ -42,10 +42,10 @@ PINNED = (
 
 
 class RunDirectory:
-    """Paths of a run. `config.toml` as resolved, `data.json` (digests of the user's files), `join.key` (what a generator
-    needs to join, while the job runs), `ledger.db`, `metrics.jsonl`, `stream/`, `checkpoints/`, `logs/`, `model/`
-    (tokenizer and model configuration), `critic/` (as it was when it had been trained alone), `export/` and at the end
-    `summary.json`."""
+    """Paths of a run. `config.toml` as resolved, `data.json` (digests of the user's files), `join.key` (what a
+    generator needs to join, while the job runs), `ledger.db`, `metrics.jsonl`, `stream/`, `checkpoints/`, `logs/`,
+    `model/` (tokenizer and model configuration), `critic/` (as it was when it had been trained alone), `export/` and at
+    the end `summary.json`."""
 
     def __init__(self, path: Path):
         self.path = path.resolve()
