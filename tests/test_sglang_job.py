@@ -16,6 +16,8 @@ from engine.stream import read_tap
 
 pytestmark = pytest.mark.slow
 
+START_S = 400.0  # of a server: half a minute, but several where others compute on the same cores
+
 
 def leased(job: Job) -> set[int]:
     database = sqlite3.connect(f"file:{job.run.ledger}?mode=ro", uri=True)
@@ -42,12 +44,12 @@ def test_loop_with_updates_in_flight_and_a_server_killed(tmp_path: Path) -> None
     options = [f"--{override}" for override in OVERRIDES]
     config = ROOT / "configs" / "sglang_cpu.toml"
     with Job(tmp_path / f"sglang-{os.getpid()}", *options, "--run.steps=10", config=config) as job:
-        job.until(lambda: job.version >= 3, "step 3")
+        job.until(lambda: job.version >= 3, "step 3", START_S)
         [server] = job.pids("server")
         os.kill(server, signal.SIGSTOP)
         held = leased(job)
         os.kill(server, signal.SIGKILL)
-        job.until(lambda: job.logged("coordinator").count("generator-0 joined") == 2, "its generator's joining again")
+        job.until(lambda: job.version == 10, "the last step", START_S)
         assert job.succeed()["steps"] == 10
         assert "the SGLang server (pid" in job.printed()
     report, groups = audit(job.run), trained_groups(job)

@@ -183,9 +183,8 @@ class SGLang:
         self._call(self._apply(version, order), timeout_s, f"loading version {version} into the SGLang server")
 
     def cancel(self, kind: Kind, group_id: int) -> None:
-        for request in list(self._requests):
-            if request.lease.kind == kind and request.lease.group_id == group_id:
-                self._call(self._forget(request), self._config.deadlines.publish_s, f"cancelling group {group_id}")
+        phase = f"cancelling group {group_id}"
+        self._call(self._forget(kind, group_id), self._config.deadlines.publish_s, phase)
 
     def close(self) -> None:
         if self._server is not None:
@@ -371,13 +370,17 @@ class SGLang:
             except TimeoutError:
                 continue
 
-    async def _forget(self, request: Request) -> None:
-        request.cancelled = True
-        if request in self._requests:
+    async def _forget(self, kind: Kind, group_id: int) -> None:
+        def matches(lease: Lease) -> bool:
+            return lease.kind == kind and lease.group_id == group_id
+
+        self._finished = deque(sampled for sampled in self._finished if not matches(sampled.lease))
+        for request in [request for request in self._requests if matches(request.lease)]:
+            request.cancelled = True
             self._requests.remove(request)
-        for sequence in request.sequences:
-            if sequence.request_id in self._flying:
-                await self._client.abort(sequence.request_id)
+            for sequence in request.sequences:
+                if sequence.request_id in self._flying:
+                    await self._client.abort(sequence.request_id)
 
     # ---- the end ----
 
