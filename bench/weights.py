@@ -1,0 +1,297 @@
+"""How fast do weights reach a generator, and how long does it stand still? python bench/weights.py [--quick]
+
+full     a version staged whole, by shared memory, TCP, encrypted TCP and disk: payload bytes a second, its checksum
+         verified; and published, which casts and sums
+delta    the same where a step changed one weight in a hundred: bytes that travel, against the whole
+pause    the embedded generator's copy at `load`, as a share of the staging that went on while it sampled
+
+Limits measured in the same rounds: a copy of as many bytes (the source read, the target written), and a bare TCP stream
+over the loopback interface (recv_into from another process). Peers: `torch.save` and load through a file, a gloo
+broadcast tensor by tensor between two processes, and tensors pickled one at a time through a pipe, as one
+`update_weights_from_tensor` a parameter would have them.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import results  # noqa: E402
+from bench.flatten import transformer  # noqa: E402
+from engine.keys import Lock  # noqa: E402
+from engine.weights import Manifest, Publisher, Server, subscribe  # noqa: E402
+
+ROUNDS, QUICK_ROUNDS = 7, 3
+SIZES = {True: 20e6, False: 200e6}
+CHANGED = 100
+_spawn = multiprocessing.get_context("spawn")
+
+Named = list[tuple[str, Tensor]]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def serve(name: str, encrypted: bool, pipe: Any) -> None:
+    """The coordinator's part: the weights server in a process of its own."""
+    lock = Lock() if encrypted else None
+    server = Server(name, "127.0.0.1", lock)
+    pipe.send((server.port, None if lock is None else lock.key))
+    pipe.recv()
+    if lock is not None:
+        lock.close()
+    server.close()
+
+
+class TcpStream:
+    """The loopback interface's limit: another process sends, this one receives into memory."""
+
+    def __init__(self, num_bytes: int):
+        self._into = memoryview(bytearray(num_bytes))
+        listener = socket.create_server(("127.0.0.1", 0))
+        self._process = _spawn.Process(target=_send_for_ever, args=(listener.getsockname()[1], num_bytes), daemon=True)
+        self._process.start()
+        self._socket, _ = listener.accept()
+
+    def receive(self) -> None:
+        self._socket.sendall(b".")
+        left = self._into
+        while len(left):
+            left = left[self._socket.recv_into(left) :]
+
+    def close(self) -> None:
+        self._process.kill()
+
+
+def _send_for_ever(port: int, num_bytes: int) -> None:
+    data = memoryview(bytes(num_bytes))
+    with socket.create_connection(("127.0.0.1", port)) as stream:
+        while stream.recv(1):
+            stream.sendall(data)
+
+
+class Gloo:
+    """A plain broadcast, tensor by tensor, to one other process."""
+
+    def __init__(self, named: Named):
+        self._tensors = [tensor.bfloat16() for _, tensor in named]
+        store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+        shapes = [tuple(tensor.shape) for tensor in self._tensors]
+        self._process = _spawn.Process(target=_hear_for_ever, args=(store.port, shapes), daemon=True)
+        self._process.start()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=60))
+
+    def broadcast(self) -> None:
+        for tensor in self._tensors:
+            dist.broadcast(tensor, 0)
+        dist.barrier()
+
+    def close(self) -> None:
+        self._process.kill()
+        dist.destroy_process_group()
+
+
+def _hear_for_ever(port: int, shapes: list[tuple[int, ...]]) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=timedelta(seconds=60))
+    tensors = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+    while True:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+        dist.barrier()
+
+
+class Pickled:
+    """One tensor a message, pickled, through a pipe; answered when all have been copied."""
+
+    def __init__(self, named: Named):
+        self._named = [(name, tensor.bfloat16()) for name, tensor in named]
+        self._pipe, theirs = _spawn.Pipe()
+        self._process = _spawn.Process(target=_load_for_ever, args=(theirs, len(named)), daemon=True)
+        self._process.start()
+
+    def send(self) -> None:
+        for item in self._named:
+            buffer = io.BytesIO()
+            torch.save(item, buffer)
+            self._pipe.send_bytes(buffer.getvalue())
+            self._pipe.recv_bytes()
+
+    def close(self) -> None:
+        self._process.kill()
+
+
+def _load_for_ever(pipe: Any, num: int) -> None:
+    kept: dict[str, Tensor] = {}
+    while True:
+        name, tensor = torch.load(io.BytesIO(pipe.recv_bytes()))
+        kept.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
+        pipe.send_bytes(b".")
+
+
+def through_file(named: Named, folder: str) -> None:
+    path = Path(folder, "weights.pt")
+    torch.save({name: tensor.bfloat16() for name, tensor in named}, path)
+    torch.load(path)
+
+
+def versions(tensors: list[Tensor]) -> Iterator[Named]:
+    """Each with one weight in `CHANGED` other than in the version before, in bfloat16."""
+    while True:
+        for tensor in tensors:
+            jumps = torch.rand_like(tensor) < 1 / CHANGED
+            tensor.mul_(torch.where(jumps, 1.02, 1.0))
+        yield [(f"w{number}", tensor) for number, tensor in enumerate(tensors)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    torch.manual_seed(0)
+    stream = versions(transformer(SIZES[quick], "cpu"))
+    rows = measure(stream, QUICK_ROUNDS if quick else ROUNDS)
+    results.keep("weights", "cpu", rows, quick=quick)
+
+
+def measure(stream: Iterator[Named], rounds: int) -> list[dict[str, Any]]:
+    named = next(stream)
+    manifest = Manifest.of(named, torch.bfloat16)
+    name, size = f"bench-{os.getpid()}", manifest.num_bytes
+    figures: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        publisher = stack.enter_context(closing(Publisher(name, manifest, delta=True)))
+        on_disk = stack.enter_context(closing(Publisher(f"{name}-disk", manifest, directory=f"{folder}/weights")))
+        publisher.publish(0, 0, named)
+        on_disk.publish(0, 0, named)
+        places = _places(stack, name, f"{folder}/weights")
+        tcp, gloo, pickled = (
+            stack.enter_context(closing(each)) for each in (TcpStream(size), Gloo(named), Pickled(named))
+        )
+        source, target, model = (torch.zeros(size, dtype=torch.uint8) for _ in range(3))
+        for number in range(-1, rounds):
+            round_ = {
+                "memcpy": seconds(lambda: target.copy_(source)),
+                "tcp stream": seconds(tcp.receive),
+                "torch.save": seconds(lambda: through_file(named, folder)),
+                "gloo": seconds(gloo.broadcast),
+                "pickled": seconds(pickled.send),
+            }
+            full, delta = (
+                _staged(publisher, on_disk, places, stream, number, kind, model) for kind in ("full", "delta")
+            )
+            for key, value in {**round_, **full, **delta}.items():
+                if number >= 0:
+                    figures.setdefault(key, []).append(value)
+    return table(figures, size)
+
+
+def _places(stack: ExitStack, name: str, folder: str) -> dict[str, Any]:
+    """What a subscriber needs on each route."""
+    places: dict[str, Any] = {
+        "shm": {"route": "shm", "address": ""},
+        "disk": {"route": "disk", "address": "", "directory": folder},
+    }
+    for route, encrypted in (("tcp", False), ("tcp encrypted", True)):
+        ours, theirs = _spawn.Pipe()
+        process = _spawn.Process(target=serve, args=(name, encrypted, theirs), daemon=True)
+        process.start()
+        stack.callback(ours.close)
+        stack.callback(process.kill)
+        port, key = ours.recv()
+        places[route] = {"route": "tcp", "address": f"tcp://127.0.0.1:{port}", "key": key}
+    for route, place in places.items():
+        place.update(segment=f"{name}-disk" if route == "disk" else name, host="", timeout_s=60.0)
+        place["subscriber"] = stack.enter_context(closing(subscribe(**place)))
+    return places
+
+
+def _staged(
+    publisher: Publisher,
+    on_disk: Publisher,
+    places: dict[str, Any],
+    stream: Iterator[Named],
+    number: int,
+    kind: str,
+    model: Tensor,
+) -> dict[str, float]:
+    """Publishes a version and stages it on every route; `full`: by subscribers that forgot the one before."""
+    version = 2 * (number + 2) + (kind == "delta")
+    named = next(stream)
+    found = {f"publish {kind}": seconds(lambda: publisher.publish(0, version, named))}
+    if kind == "full":
+        found["publish disk"] = seconds(lambda: on_disk.publish(0, version, named))
+    for route, place in places.items():
+        if kind == "delta" and route == "disk":
+            continue
+        subscriber = place["subscriber"]
+        if kind == "full":
+            subscriber._digest = None
+        begin = time.perf_counter()
+        staged = subscriber.stage(0, version)
+        found[f"{route} {kind}"] = time.perf_counter() - begin
+        assert (staged.num_bytes == subscriber.manifest.num_bytes) == (kind == "full")
+        found[f"{route} {kind} bytes"] = staged.num_bytes
+        if route == "shm":
+            found[f"pause {kind}"] = seconds(partial(model.copy_, subscriber._payload))
+    return found
+
+
+def table(figures: dict[str, list[float]], size: int) -> list[dict[str, Any]]:
+    def rate(key: str) -> list[float]:
+        return [size / second / 1e9 for second in figures[key]]
+
+    disk = [size / (a + b) / 1e9 for a, b in zip(figures["publish disk"], figures["disk full"], strict=True)]
+    rows = [
+        results.row("shm, staged whole", "GB/s", rate("shm full"), rate("memcpy"), "memcpy", 0.70),
+        results.row("tcp, staged whole", "GB/s", rate("tcp full"), rate("tcp stream"), "loopback stream", 0.80),
+        results.row("tcp encrypted", "GB/s", rate("tcp encrypted full"), rate("tcp stream"), "loopback stream", None),
+        results.row("disk, written and read", "GB/s", disk, rate("torch.save"), "torch.save and load", None),
+        results.row("shm, staged whole", "GB/s", rate("shm full"), rate("gloo"), "gloo, by tensor", None),
+        results.row("shm, staged whole", "GB/s", rate("shm full"), rate("pickled"), "pickled, by tensor", None),
+        results.row("published whole", "GB/s", rate("publish full"), rate("memcpy"), "memcpy", None),
+        results.row("shm, delta of 1%", "payload GB/s", rate("shm delta"), rate("shm full"), "whole", None),
+        results.row("tcp, delta of 1%", "payload GB/s", rate("tcp delta"), rate("tcp full"), "whole", None),
+        results.row(
+            "tcp encrypted, delta",
+            "payload GB/s",
+            rate("tcp encrypted delta"),
+            rate("tcp encrypted full"),
+            "whole",
+            None,
+        ),
+    ]
+    whole, delta = figures["shm full bytes"], figures["shm delta bytes"]
+    rows.append(results.row("delta of 1%", "1/bytes", [1 / x for x in delta], [1 / x for x in whole], "whole", 10.0))
+    staging = [second for second in figures["tcp full"]]
+    pause = figures["pause full"]
+    shares = [b / a for a, b in zip(pause, staging, strict=True)]
+    rows.append(results.row("pause of a copy", "transfers by tcp", shares, [1.0] * len(shares), "one", 20.0))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
