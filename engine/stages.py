@@ -82,17 +82,18 @@ def _configs(config: Config, root: Path) -> Iterator[Config]:
             parsed = parse(table)
         except ConfigError as error:
             raise ConfigError(f"stages.{number}: {error}") from error
-        yield parsed if number == 0 else _continued(parsed, folders[number - 1])
+        yield _continued(parsed, folders[:number]) if number else parsed
 
 
-def _continued(config: Config, before: Path) -> Config:
-    """`config` with the model and the pass rates that the run in `before` leaves."""
-    run = RunDirectory(before)
+def _continued(config: Config, before: list[Path]) -> Config:
+    """`config` with the newest model, and the pass rates, that the runs in `before` leave."""
+    runs = [RunDirectory(folder) for folder in before]
+    rates = [*config.curriculum.rates, *(str(run.pass_rates) for run in runs)]
     return msgspec.structs.replace(
         config,
-        model=msgspec.structs.replace(config.model, path=str(run.export), init={}),
+        model=msgspec.structs.replace(config.model, path=str(runs[-1].export), init={}),
         warm_start=msgspec.structs.replace(config.warm_start, steps=0),
-        curriculum=msgspec.structs.replace(config.curriculum, rates=[*config.curriculum.rates, str(run.pass_rates)]),
+        curriculum=msgspec.structs.replace(config.curriculum, rates=rates),
     )
 
 

@@ -13,6 +13,7 @@ from rewards.verdict import Verdict
 Reward = Callable[..., Any]  # -> float | bool | Verdict, or an awaitable of one
 
 TABLE = {
+    "agreement": "rewards.agreement:agrees",
     "exact": "rewards.exact:exact",
     "format": "rewards.format:matches",
     "instructions": "rewards.instructions:follows",

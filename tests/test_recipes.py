@@ -1,5 +1,8 @@
 """Every recipe: the full-size file is checked and tells its plan, its tiny counterpart trains by the same method."""
 
+import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -7,23 +10,24 @@ import msgspec
 import pytest
 import synchronous
 import torch
+from jobs import Job
 
-from engine import launch, tokenizer
+from engine import launch, replay, stages, tokenizer
 from engine.config import Config, Model, Tokenizer, load
 from engine.model import build
 from engine.policy import named_tensors
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PLAIN = ["grpo", "dr_grpo", "dapo", "reinforce_plus_plus", "rloo", "cispo", "gspo", "ppo", "tis", "icepop"]
-RECIPES = [*PLAIN, "vapo"]
+PAPERS = ["vapo", "acereason", "exprl", "exprl_process", "apriel"]
+RECIPES = [*PLAIN, *PAPERS]
 LONGEST = 65536  # tokens
-ROW = {"prompt": "12+30=", "answer": "42"}
+ROW = {"prompt": "12+30=", "answer": "42", "difficulty": 3}
 
 
 def write_inputs(config: Config) -> None:
     """What a full-size recipe reads, small, where it looks for it: model and data."""
-    folder = Path(config.model.path)
-    if not folder.exists():
+    if not (folder := Path(config.model.path)).exists():
         write_model(folder)
     for domain in config.domains:
         for path in map(Path, filter(None, (domain.path, domain.eval_path))):
@@ -49,20 +53,24 @@ def test_a_recipe_is_checked_and_tells_its_plan(name, tmp_path, monkeypatch, cap
     write_inputs(config)
     assert launch.main([str(CONFIGS / f"{name}.toml"), "--dry-run"]) == 0, capsys.readouterr().err
     plan = capsys.readouterr().out
-    num_groups, size = config.run.groups_per_step, config.run.group_size
-    assert f"{num_groups} groups x {size} = {num_groups * size} completions" in plan
-    assert f"{config.learner.updates_per_step} update(s)" in plan
+    plans = [text for text in plan.split("\n\n") if text]
+    for stage, text in zip(stages.configs(config), plans, strict=True):
+        num_groups, size = stage.run.groups_per_step, stage.run.group_size
+        assert f"{num_groups} groups x {size} = {num_groups * size} completions" in text
+        assert f"{stage.learner.updates_per_step} update(s)" in text
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_tiny_counterpart_has_the_recipes_method(name):
     full, tiny = (load(CONFIGS / folder / f"{name}.toml") for folder in (".", "tiny"))
     assert tiny.run.name == f"tiny-{name}"
-    assert shape(tiny.algorithm) == shape(full.algorithm)
-    assert (tiny.run.max_staleness, tiny.learner.updates_per_step) == (
-        full.run.max_staleness,
-        full.learner.updates_per_step,
-    )
+    assert [stage["name"] for stage in tiny.stages] == [stage["name"] for stage in full.stages]
+    for ours, theirs in zip(stages.configs(tiny), stages.configs(full), strict=True):
+        assert shape(ours.algorithm) == shape(theirs.algorithm)
+        assert [domain.name for domain in ours.domains] == [domain.name for domain in theirs.domains] or not full.stages
+        for values in ("run.max_staleness", "learner.updates_per_step", "curriculum.mixture", "model.fp32_head"):
+            table, field = values.split(".")
+            assert getattr(getattr(ours, table), field) == getattr(getattr(theirs, table), field)
 
 
 def shape(value: Any) -> Any:
@@ -92,3 +100,73 @@ def test_a_plain_recipe_trains_two_steps(name, cache, tmp_path):
     assert all(tensor.isfinite().all() for tensor in after.values())
     moved = max(float((after[key] - before[key]).abs().max()) for key in before)
     assert 1e-4 < moved < 0.1  # Adam moves a weight by at most about its rate, 1e-3, an update
+
+
+# ---- the four papers, as a user runs them ------------------------------------------------------------------------
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == "step"]
+
+
+def job(name: str, run: Path, cache: Path, *arguments: str) -> Job:
+    quick = f"--warm_start.cache={cache}", "--evaluation.before_after=false", "--tracking.progress=false"
+    return Job(run, *quick, *arguments, config=CONFIGS / "tiny" / f"{name}.toml")
+
+
+@pytest.mark.slow
+def test_vapo_trains_its_critic_first_and_is_repeated_to_the_bit(cache, tmp_path):
+    run = tmp_path / "vapo"
+    with job("vapo", run, cache, "--critic.pretrain_steps=3", "--run.steps=6", "--learner.threads=1") as running:
+        running.succeed()
+    rows = steps(run)
+    assert ["loss" in row for row in rows] == [False] * 3 + [True] * 3
+    assert all(row["value_loss"] > 0 for row in rows)
+    assert rows[2]["explained_variance"] > rows[0]["explained_variance"]
+    assert (run / "critic" / "model.safetensors").exists()
+    assert replay.main([str(run)]) == 0
+
+
+@pytest.mark.slow
+def test_acereason_runs_its_stages_also_over_a_kill(cache, tmp_path):
+    run = tmp_path / "acereason"
+    with job("acereason", run, cache) as running:
+        second = run / "2-math-16k" / "metrics.jsonl"
+        running.until(lambda: second.exists() and second.read_text().count('"step"') > 1, "the second stage")
+        os.kill(running.process.pid, signal.SIGKILL)
+        running.is_gone(10.0, shared_memory=False)
+    with job("acereason", run, cache) as resumed:
+        assert resumed.wait() == 0, resumed.printed()[-4000:]
+    config = load(run / "config.toml")
+    runs = stages.directories(config, run)
+    for stage, folder in zip(stages.configs(config, run), runs, strict=True):
+        rows = steps(folder)
+        assert [row["step"] for row in rows][-1] == stage.run.steps
+        assert {row["trained_staleness_max"] for row in rows} == {0}
+        assert max(row["length_max"] for row in rows) <= stage.generator.max_new_tokens
+    assert load(runs[1] / "config.toml").model.path == str(runs[0] / "export")
+    assert [round(row["temperature"], 2) for row in steps(runs[4])] == [0.8, 0.8, 1.0, 1.0]
+    known = (runs[1] / "pass_rates.jsonl").read_text().splitlines()
+    assert {json.loads(line)["judged"] for line in known} == {4, 8}  # of the stage before, and its own
+
+
+@pytest.mark.slow
+def test_exprl_goes_from_dense_rewards_to_sparse_ones(cache, tmp_path):
+    run = tmp_path / "exprl"
+    with job("exprl_process", run, cache, "--run.steps=3", "--stages.1.run.steps=2") as running:
+        assert running.wait() == 0, running.printed()[-4000:]
+    dense, sparse = (steps(run / folder) for folder in ("1-dense", "2-sparse"))
+    assert (len(dense), len(sparse)) == (3, 2)
+    assert all("kl" in row for row in dense) and not any("kl" in row for row in sparse)
+    assert all(row["reward"] > row["accuracy"] for row in dense)  # there is something between right and wrong
+    assert [row["reward"] for row in sparse] == [row["accuracy"] for row in sparse]
+
+
+@pytest.mark.slow
+def test_apriel_draws_five_domains(cache, tmp_path):
+    run = tmp_path / "apriel"
+    with job("apriel", run, cache, "--run.steps=5") as running:
+        running.succeed()
+    names = {name.removeprefix("accuracy/") for row in steps(run) for name in row if name.startswith("accuracy/")}
+    assert names == {"math", "code", "logic", "instructions", "tools"}
