@@ -53,7 +53,8 @@ class Learner:
         The batches of skipped updates are kept in `directory`.
         """
         self._config = config.learner
-        self._total_updates = (config.run.steps - config.critic.pretrain_steps) * config.learner.updates_per_step
+        alone = config.critic.pretrain_steps if method.needs_critic else 0
+        self._total_updates = (config.run.steps - alone) * config.learner.updates_per_step
         self._method = method
         self._device = torch.device(device)
         self._directory = directory

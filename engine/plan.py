@@ -1,5 +1,8 @@
 """What a job would do, told before it starts: roles, sizes, tickets, memory."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from engine.algorithms.method import compose
@@ -19,10 +22,12 @@ def describe(config: Config, seat: Seat, policy: PreTrainedModel, prompts: Promp
     completions = run.groups_per_step * run.group_size
     longest = completions * config.generator.max_new_tokens
     domains = ", ".join(f"{domain.name} {domain.weight:g}" for domain in config.domains)
+    mixture = config.curriculum.mixture["name"]
     rows = {
+        "run": run.name,
         "roles": f"{seat.num_learners} learner rank(s), {generators} generator(s) of {config.generator.slots} slots",
         "model": f"{parameters:,} parameters, {type(policy).__name__}, context {config.model.context}",
-        "domains": f"{domains}; {len(prompts.held_out())} held-out prompts x {config.evaluation.samples}",
+        "domains": f"{domains}, {mixture}; {len(prompts.held_out())} held-out prompts x {config.evaluation.samples}",
         "a step": f"{run.groups_per_step} groups x {run.group_size} = {completions} completions, "
         f"at most {longest:,} answer tokens, {config.learner.updates_per_step} update(s)",
         "steps": f"{run.steps}, {run.steps * run.groups_per_step:,} groups",
@@ -30,18 +35,30 @@ def describe(config: Config, seat: Seat, policy: PreTrainedModel, prompts: Promp
         f"{(run.max_staleness + 1) * run.groups_per_step} groups at once",
         "memory": ", ".join(f"{role} {size / 2**20:,.0f} MiB" for role, size in memory(config, seat, policy).items()),
     }
+    if compose(config.algorithm).needs_critic:
+        rows["critic"] = f"begins as {config.critic.path or 'the policy'}, {config.critic.pretrain_steps} steps alone"
+    for entry in config.schedule:
+        rows[f"from step {entry['step']}"] = ", ".join(_changes(entry))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def _changes(table: dict[str, Any], inside: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict) and "name" not in value:
+            yield from _changes(value, f"{inside}{key}.")
+        elif key != "step":
+            yield f"{inside}{key} = {value}"
 
 
 def memory(config: Config, seat: Seat, policy: PreTrainedModel) -> dict[str, float]:
     """Bytes of a learner rank, of a generator and of the shared segment: an estimate from above for the parts that
     grow with the configuration.
 
-    Learner: (parameter + gradient + two moments, and the reference's parameter where there is one) / ranks, the
-    activations of one micro-batch (about 34 numbers a token, layer and hidden unit, or 2 with recomputation and one
-    layer whole, arXiv:2205.05198) and what its head takes. Generator: parameters, their staged copy and the
-    KV cache of all slots. Shared weights: two versions.
+    Learner: (parameter + gradient + two moments, the same of a critic, and the reference's parameter where there is
+    one) / ranks, the activations of one micro-batch (about 34 numbers a token, layer and hidden unit, or 2 with
+    recomputation and one layer whole, arXiv:2205.05198) and what its head takes. Generator: parameters, their staged
+    copy and the KV cache of all slots. Shared weights: two versions.
     """
     shape = policy.config.get_text_config()
     parameters = sum(tensor.numel() for _, tensor in named_tensors(policy))
@@ -52,7 +69,8 @@ def memory(config: Config, seat: Seat, policy: PreTrainedModel) -> dict[str, flo
     size, compute = BYTES[config.model.dtype], 2 if config.learner.mixed_precision else BYTES[config.model.dtype]
     activations = tokens * width * (layers * 2 + 34 if config.learner.activation_checkpointing else layers * 34)
     head = HEADS[config.ops.backend].memory(tokens, shape.vocab_size, width, seat.device)
-    states = 5 if compose(config.algorithm).needs_reference else 4
+    method = compose(config.algorithm)
+    states = 4 + method.needs_reference + 4 * method.needs_critic
     payload = sum(entry.num_bytes for entry in manifest_of(policy, config).entries)
     cache = 2 * layers * heads * head_dim * config.generator.slots * config.model.context
     return {

@@ -34,10 +34,20 @@ def test_numbers_of_the_plan() -> None:
     plan = rows("run.max_staleness=3", "learner.updates_per_step=2", "generator.slots=5")
     assert plan["roles"] == "1 learner rank(s), 1 generator(s) of 5 slots"
     assert plan["model"] == f"{PARAMETERS:,} parameters, Qwen3ForCausalLM, context 32"
-    assert plan["domains"] == "d 1; 6 held-out prompts x 4"
+    assert plan["domains"] == "d 1, static; 6 held-out prompts x 4"
     assert plan["a step"] == "2 groups x 4 = 8 completions, at most 64 answer tokens, 2 update(s)"
     assert plan["steps"] == "10, 20 groups"
     assert plan["tickets"] == "(max_staleness 3 + 1) x 2 = 8 groups at once"
+
+
+def test_what_a_critic_and_a_schedule_add() -> None:
+    schedule = "schedule=[{ step = 3, run = { group_size = 8 }, generator = { temperature = 0.5 } }]"
+    plan = rows("algorithm.advantage={ name = 'gae' }", "critic.pretrain_steps=5", schedule)
+    assert plan["critic"] == "begins as the policy, 5 steps alone"
+    assert plan["from step 3"] == "run.group_size = 8, generator.temperature = 0.5"
+    assert "critic" not in rows()
+    with_critic = memory(*job("algorithm.advantage={ name = 'gae' }"))["learner"]
+    assert with_critic - memory(*job())["learner"] == 4 * 4 * PARAMETERS
 
 
 @pytest.mark.parametrize(
