@@ -14,6 +14,7 @@ Reward = Callable[..., Any]  # -> float | bool | Verdict, or an awaitable of one
 
 TABLE = {
     "agreement": "rewards.agreement:agrees",
+    "code": "rewards.code.reward:Code",
     "exact": "rewards.exact:exact",
     "format": "rewards.format:matches",
     "instructions": "rewards.instructions:follows",
@@ -22,7 +23,6 @@ TABLE = {
     "reasoning_gym": "rewards.logic:task_score",
     "sum": "rewards.terms:weighted_sum",
     "tools": "rewards.tools:matches",
-    "code": "rewards.code.reward:Code",
 }
 
 

@@ -36,3 +36,11 @@ def test_every_named_slot_exists_and_every_slot_is_named():
     rows = [line.strip().strip("|").split("|") for line in README.splitlines() if line.strip().startswith("| ")]
     named = {row[0].strip(): {name.strip() for name in row[1].split(",")} for row in rows if row[0].strip() in tables}
     assert named == {slot: set(table) for slot, table in tables.items()}
+
+
+def test_every_reward_is_named():
+    from rewards.table import TABLE
+
+    lines = README.partition("## Rewards")[2].partition("## ")[0].splitlines()
+    cells = [line.split("|")[1] for line in lines if line.startswith("| ")][1:]
+    assert {name.strip() for cell in cells for name in cell.split(",")} == set(TABLE)

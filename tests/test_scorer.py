@@ -41,10 +41,10 @@ def behave(prompt, completion, answer, **fields):
         return float(len(bytearray(5 << 30)))
     if completion == "print":
         print("chatter", flush=True)
-    if completion == "spawn":
+    if completion in ("spawn", "desert"):
         child = subprocess.Popen(["sleep", "60"])
         Path(fields["note"]).write_text(str(child.pid))
-        child.wait()
+        child.wait() if completion == "spawn" else os._exit(3)
     return float("nan") if completion == "nan" else completion == answer
 
 
@@ -158,8 +158,9 @@ def test_poll_does_not_wait_and_fileno_tells_when_to_come_back(scorer):
     assert collect(scorer, 1)["key"][0].solved
 
 
-def test_a_hanging_reward_dies_with_its_children(scorer, tmp_path):
-    judge(scorer, "spawn", note=str(tmp_path / "pid"))
+@pytest.mark.parametrize("how", ["spawn", "desert"])
+def test_what_a_reward_started_dies_with_it(scorer, tmp_path, how):
+    judge(scorer, how, note=str(tmp_path / "pid"))
     assert gone((tmp_path / "pid").read_text())
 
 
