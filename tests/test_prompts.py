@@ -294,3 +294,14 @@ def test_a_callable_that_sometimes_raises_does_not_end_the_run(tokenizer):
     prompts = Prompts(make([domain]), tokenizer)
     assert [prompts.prompt("c", index).text for index in (29, 30)] == ["29", "31"]
     assert prompts.redrawn == {"KeyError: 30": 1}
+
+
+def test_levels_of_a_task_are_drawn_evenly_and_checked_at_launch(tokenizer):
+    chain = {"name": "sum", "source": "reasoning_gym", "task": "chain_sum", "reward": "reasoning_gym"}
+    prompts = Prompts(make([{**chain, "options": {"level": [0, 2]}}]), tokenizer)
+    levels = [prompt.fields["options"]["level"] for prompt in take(prompts, 30)]
+    assert [levels.count(level) for level in (0, 1, 2)] == [10, 10, 10]
+    with pytest.raises(ConfigError, match=r"domains.0.options = .*ValueError: level = \[2, 0\]"):
+        Prompts(make([{**chain, "options": {"level": [2, 0]}}]), tokenizer)
+    with pytest.raises(ConfigError, match="the task acre has no curriculum"):
+        Prompts(make([{**chain, "task": "acre", "options": {"level": 1}}]), tokenizer)
