@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from rewards.answer import after_thinking, announced, boxed, tagged
+from rewards.math import sane
 from rewards.pool import Limits, Pool
 from rewards.table import resolve
 from rewards.worker import Task
@@ -137,6 +138,11 @@ def test_the_reference_may_be_a_whole_solution(answer):
 def test_evidence_says_what_was_read():
     verdict = resolve("math", {})("", r"\boxed{\frac{1}{3}}", "1/2")
     assert verdict.evidence == {"parsed": r"\frac{1}{3}", "expected": "1/2"}
+
+
+def test_what_is_endless_or_torn_is_not_parsed():
+    assert sane(r"\frac{1}{2}") and sane("[1,2)") and sane("(" * 20 + "x") and sane("x" * 1000)
+    assert not any(map(sane, ["(" * 21 + "x", "x" * 1001, "{", "}", "}{", "{{}"]))
 
 
 # ---- what a model may write ------------------------------------------------------------------------------------

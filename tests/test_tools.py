@@ -140,6 +140,13 @@ def test_types():
     assert call("where", {"x": [1, 2]}, {"x": [1, 2]}) and not call("where", {"y": 1}, {"x": [1]})
 
 
+def test_true_is_not_one_also_without_a_schema():
+    reward = resolve("tools", {})
+    answer = json.dumps([{"f": {"a": [1], "b": [True]}}])
+    assert reward("", "f(a=1, b=True)", answer).solved and reward("", "f(a=1.0, b=True)", answer).solved
+    assert not reward("", "f(a=True, b=True)", answer).solved and not reward("", "f(a=1, b=1)", answer).solved
+
+
 def test_plain_calls_as_the_answer_and_dots_in_names():
     assert judge("math_sum(a=1)", [{"name": "math.sum", "arguments": {"a": 1}}]).solved
     assert not judge("math_sum(a=1)", [{"name": "math.sum", "arguments": {"a": 1, "b": 2}}]).solved
