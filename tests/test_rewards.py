@@ -103,7 +103,7 @@ def test_an_option_wins_over_a_field_of_the_same_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("exakt", {}, "allowed are code, exact, format, instructions, judge, "),
+        ("exakt", {}, "allowed are agreement, code, exact, format, "),
         ("exact", {"strip": True}, "no option 'strip': allowed are none"),
         ("format", {"patern": "x"}, "no option 'patern': allowed are pattern"),
         ("nowhere.at_all:reward", {}, "cannot import"),
