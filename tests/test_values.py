@@ -2,6 +2,7 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings, strategies
 
 from rewards.sandbox import values
 from rewards.sandbox.values import decode, encode
@@ -25,6 +26,41 @@ Link.__module__ = values.PROGRAM
 def test_values_come_back_with_their_types(value):
     back = decode(encode(value))
     assert back == value and repr(back) == repr(value)
+
+
+KEYS = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.text() | strategies.binary(),
+    lambda keys: strategies.lists(keys, max_size=3).map(tuple) | strategies.frozensets(keys, max_size=3),
+    max_leaves=8,
+)
+VALUES = strategies.recursive(
+    KEYS | strategies.floats(allow_nan=False) | strategies.complex_numbers(allow_nan=False),
+    lambda values: (
+        strategies.lists(values, max_size=4)
+        | strategies.lists(values, max_size=4).map(tuple)
+        | strategies.sets(KEYS, max_size=4)
+        | strategies.dictionaries(KEYS, values, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+def types(value):
+    """The value's types, all the way down; of sets, in the order of their items' own."""
+    if isinstance(value, dict):
+        return dict, [(types(key), types(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), [types(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return type(value), sorted(repr(types(item)) for item in value)
+    return type(value)
+
+
+@given(VALUES)
+@settings(max_examples=60, deadline=None)
+def test_any_value_comes_back(value):
+    back = decode(encode(value))
+    assert back == value and types(back) == types(value)
 
 
 def test_what_is_no_number_comes_back():
