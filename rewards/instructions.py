@@ -42,7 +42,7 @@ def follows(
     kept = [any(keeps(each, name, arguments) for each in texts) for name, arguments in constraints]
     share = sum(kept) / len(kept)
     broken = [name for (name, _), each in zip(constraints, kept, strict=True) if not each]
-    evidence = {"broken": brief(", ".join(broken), 200)} if broken else {}
+    evidence = {"parsed": brief(text or "")} | ({"broken": brief(", ".join(broken), 200)} if broken else {})
     return Verdict(share if mode == "fraction" else float(share == 1), share == 1, evidence=evidence)
 
 

@@ -108,7 +108,7 @@ def test_score_is_the_share_and_solved_means_all():
     assert reward("", "one two", "", **FIELDS).score == 1.0
     verdict = reward("", "one two three", "", **FIELDS)
     assert (verdict.score, verdict.solved) == (0.5, False)
-    assert verdict.evidence == {"broken": "length_constraints:number_words"}
+    assert verdict.evidence == {"parsed": "one two three", "broken": "length_constraints:number_words"}
     strict = resolve("instructions", {"mode": "all"})
     assert strict("", "one two three", "", **FIELDS).score == 0.0 and strict("", "one two", "", **FIELDS).solved
 

@@ -86,6 +86,12 @@ def test_what_is_no_call_is_refused_and_never_run(text):
         pass
 
 
+def test_a_text_beyond_any_use_is_not_parsed():
+    assert read_calls("f()" + " " * 19_997) == [Call("f", {})]
+    with pytest.raises(ValueError, match="at most 20000"):
+        read_calls("f()" + " " * 19_998)
+
+
 # ---- one call --------------------------------------------------------------------------------------------------
 
 
