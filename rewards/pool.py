@@ -22,7 +22,7 @@ import msgspec
 from rewards.verdict import Verdict
 from rewards.worker import MAX_MESSAGE, Bear, Died, Judged, Kill, Loaded, RewardTable, Setup, Task
 
-MAX_FAILED_STARTS = 3  # nurseries in a row that never loaded the rewards
+MAX_FAILED_STARTS = 3  # nurseries in a row that never bore a worker
 EXIT_S = 1.0  # between a process's last word and its exit code
 KILL_S = 10.0  # between a kill and the exit code; one with much memory takes its time
 WIDTH = 16  # groups that the wide worker has under way
@@ -101,6 +101,7 @@ class Pool:
         self._codes: dict[int, int] = {}  # exit codes of the dead, by pid
         self._finished: list[tuple[Hashable, list[Verdict]]] = []
         self._failed_starts = self._num_jobs = 0
+        self._bore = False  # whether the nursery has borne a worker that lives
         self.num_restarts = 0
         self._start()
 
@@ -154,7 +155,7 @@ class Pool:
                 env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
-        self._started, self._waiting = time.monotonic(), None
+        self._started, self._waiting, self._bore = time.monotonic(), None, False
         self._control.send(self._setup)
         self._epoll.register(self._control.fileno(), select.EPOLLIN)
 
@@ -165,7 +166,7 @@ class Pool:
         if news is None:
             self._restart_nursery("ended", self._end_nursery())
         elif isinstance(news, Loaded):
-            self._failed_starts, self._waiting = 0, news.waiting
+            self._waiting = news.waiting
             for wide in [False] * self._num_workers + [True] * bool(news.waiting):
                 self._bear(wide)
             unsorted, self._unsorted = self._unsorted, []
@@ -184,7 +185,7 @@ class Pool:
         return news
 
     def _restart_nursery(self, reason: str, end: str) -> None:
-        self._failed_starts += self._waiting is None
+        self._failed_starts += not self._bore
         if self._failed_starts == MAX_FAILED_STARTS:
             raise RuntimeError(f"{MAX_FAILED_STARTS} reward workers in a row could not start; the last {reason}: {end}")
         self.num_restarts += 1
@@ -239,11 +240,15 @@ class Pool:
         try:
             message = worker.connection.recv_bytes()
         except (EOFError, OSError):
-            self._replace(worker, "its process died", EXIT_S)
+            if worker.pid:
+                self._replace(worker, "its process died", EXIT_S)
+            else:
+                self._restart_nursery("bore a worker that died at once", self._end_nursery())
             return
         worker.since = time.monotonic()
         if not worker.pid:
             worker.pid = msgspec.msgpack.decode(message, type=int)
+            self._bore, self._failed_starts = True, 0
         elif message:
             judged = self._judged.decode(message)
             self._note(worker, judged.job, judged.sample, judged.verdict)
@@ -263,16 +268,19 @@ class Pool:
             self._finished.append((job.key, [verdict for verdict in job.verdicts if verdict is not None]))
 
     def _check_deadlines(self, now: float) -> None:
-        if self._waiting is None and now - self._started > self._limits.start_s:
+        if not self._bore and now - self._started > self._limits.start_s:
             end = self._end_nursery(loaded=False)
             self._restart_nursery(f"said no word within {self._limits.start_s:g} s", end)
         for worker in list(self._workers.values()):
-            if (worker.jobs or not worker.pid) and now - worker.since > self._limits.reward_s:
+            if worker.jobs and now - worker.since > self._limits.reward_s:
                 self._replace(worker, f"no word within {self._limits.reward_s:g} s")
 
     def _replace(self, worker: Worker, reason: str, grace_s: float = 0.0) -> None:
-        """Fails the completion that `worker` was at, if that is known, and starts another worker on the rest."""
+        """Fails the completion that `worker` was at, if that is known, and starts another worker on the rest. Where the
+        nursery is dead it is at no fault; its end will be heard next."""
         end = self._bury(worker.pid, grace_s)
+        if end is None:
+            return
         self._forget(worker)
         for job in worker.jobs.values():
             if job.alone or not worker.wide:
@@ -282,13 +290,14 @@ class Pool:
         self.num_restarts += 1
         self._bear(worker.wide)
 
-    def _bury(self, pid: int, grace_s: float) -> str:
-        """Has a worker killed, if it does not end by itself within `grace_s`; says how it ended."""
+    def _bury(self, pid: int, grace_s: float) -> str | None:
+        """Has a worker killed, if it does not end by itself within `grace_s`; says how it ended, None where the nursery
+        is dead."""
         for wait_s in (grace_s, KILL_S):
             ends = time.monotonic() + wait_s
             while pid not in self._codes and select.select([self._control], [], [], max(0, ends - time.monotonic()))[0]:
                 if self._read_news() is None:
-                    return "with the process that started it"
+                    return None
             if pid in self._codes:
                 return ending(self._codes.pop(pid))
             with contextlib.suppress(OSError):

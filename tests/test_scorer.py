@@ -308,7 +308,7 @@ def day(num_groups, group_size=8):
         scorer.submit(key, prompt(), texts)
         while key - len(found) > 10:
             found.update(scorer.poll(0.05))
-        if key in (num_groups // 10, num_groups - 1):
+        if key in (num_groups // 2, num_groups - 1):
             sizes.append([resident_mb(pid) for pid in (os.getpid(), scorer.pool.pids[0])])
     while len(found) < num_groups:
         found.update(scorer.poll(0.05))
