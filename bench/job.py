@@ -17,27 +17,49 @@ SAMPLE_S = 0.1
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
+ROLES = {  # by what a process's command line holds; all others are "rewards"
+    "engine/launch.py": "learner",
+    "engine.coordinator_loop": "coordinator",
+    "engine.actor_loop": "generator",
+}
+
+
 class Meter(threading.Thread):
-    """Samples the processor time of a process and all its descendants; the dead keep what they had used."""
+    """Samples the processor time of a process and all its descendants, by role; the dead keep what they had used."""
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
-        self._pid, self._used = pid, {}
+        self._pid, self._used, self._roles = pid, {}, {}
         self._done = threading.Event()
         self.times: list[float] = []
-        self.cpu_s: list[float] = []
+        self.cpu_s: list[dict[str, float]] = []
 
     def run(self) -> None:
         while not self._done.wait(SAMPLE_S):
-            self._used |= tree_cpu_s(self._pid)
+            alive = tree_cpu_s(self._pid)
+            self._used |= alive
+            self._roles |= {pid: role(pid) for pid in alive}  # anew: a child is its parent's twin until it executes
+            used = dict.fromkeys([*ROLES.values(), "rewards"], 0.0)
+            for pid, cpu_s in self._used.items():
+                used[self._roles[pid]] += cpu_s
             self.times.append(time.time())
-            self.cpu_s.append(sum(self._used.values()))
+            self.cpu_s.append(used)
 
-    def between(self, start: float, end: float) -> float:
-        """Processor seconds used between two moments of `time.time()`, by linear interpolation."""
+    def between(self, start: float, end: float) -> dict[str, float]:
+        """Processor seconds used between two moments of `time.time()`, by role, by linear interpolation."""
         self._done.set()
         self.join()
-        return float(np.interp(end, self.times, self.cpu_s) - np.interp(start, self.times, self.cpu_s))
+        at = {name: np.interp([start, end], self.times, [used[name] for used in self.cpu_s]) for name in self.cpu_s[0]}
+        return {name: float(last - first) for name, (first, last) in at.items()}
+
+
+def role(pid: int) -> str:
+    """What the process `pid` does in the job."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        command = ""
+    return next((name for part, name in ROLES.items() if part in command), "rewards")
 
 
 def tree_cpu_s(root: int) -> dict[int, float]:
@@ -80,7 +102,8 @@ def run(config: Path, directory: Path, overrides: dict[str, Any]) -> dict[str, f
     steps = [row for row in rows if row["kind"] == "step"]
     measured = steps[WARM_UP:]
     start, end = steps[WARM_UP - 1]["time"], steps[-1]["time"]
-    tokens, wall_s, cpu_s = sum(row["trained_tokens"] for row in measured), end - start, meter.between(start, end)
+    tokens, wall_s, by_role = sum(row["trained_tokens"] for row in measured), end - start, meter.between(start, end)
+    cpu_s = sum(by_role.values())
     rewards = [row["reward"] for row in steps]
     quarter = max(1, len(rewards) // 4)
 
@@ -95,6 +118,7 @@ def run(config: Path, directory: Path, overrides: dict[str, Any]) -> dict[str, f
         "trained_tokens": tokens,
         "wall_s": wall_s,
         "cpu_s": cpu_s,
+        **{f"cpu_s_{name}": used for name, used in by_role.items()},
         "tokens_per_s": tokens / wall_s,
         "tokens_per_cpu_s": tokens / cpu_s,
         "learner_idle": sum(row["wait_s"] for row in measured) / wall_s,
