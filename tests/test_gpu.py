@@ -1,12 +1,9 @@
 """The same mathematics on a GPU as on a CPU; run by bench/gpu.sh where there is one."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from engine.algorithms.method import compose
 from engine.attention import Layout, attend_cuda, attend_plain
@@ -14,7 +11,6 @@ from engine.config import parse
 from engine.generators.embedded import Embedded
 from engine.learner import Learner
 from engine.model import build
-from engine.ops.loss import Recipe, TokenLoss, Tokens, linear_token_loss, row_stats, token_loss, token_loss_
 from engine.packer import pack
 from engine.schema import Group, Lease, Prompt, Sampling
 from rewards.verdict import Verdict
@@ -148,92 +144,3 @@ def test_the_learner_agrees_with_the_generator_and_trains(one_rank, tmp_path, mi
     report = learner.step(packed(groups))
     assert report["skipped_updates"] == 0 and np.isfinite(report["grad_norm"])
     assert any(not torch.equal(before[name], tensor) for name, tensor in learner.weights())
-
-
-# ---- The kernels of the token loss
-
-RECIPES = {
-    "token": Recipe(("ppo_clip", (0.2, 0.28, 3.0)), ("tis", (2.0,)), ("k3", (0.1, 0.0)), 0.01),
-    "sequence": Recipe(("gspo", (0.05, 0.05)), ("sequence", (2.0, 1.0)), None, 0.0),
-}
-NUM_ROWS, LENGTHS = 96, [1, 40, 0, 55]
-
-
-def on(device: str, tokens: Tokens) -> Tokens:
-    return replace(tokens, **{k: v.to(device) for k, v in vars(tokens).items() if isinstance(v, Tensor)})
-
-
-def rows(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tokens]:
-    """Logits and targets on the CPU; the tokens' log-probabilities near the policy's, some tokens masked."""
-    torch.manual_seed(vocab)
-    logits, targets = (3 * torch.randn(NUM_ROWS, vocab)).to(dtype), torch.randint(vocab, (NUM_ROWS,))
-    logprob = row_stats(logits, targets)[0]
-    mask = (torch.rand(NUM_ROWS) > 0.2).float()
-
-    def near(scale: float) -> Tensor:
-        return logprob + scale * torch.randn(NUM_ROWS)
-
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    tokens = Tokens(near(0.2), torch.randn(NUM_ROWS), mask, mask / NUM_ROWS, bounds, near(0.1), near(0.3))
-    return logits, targets, tokens
-
-
-def distance(ours: Tensor, expected: Tensor) -> float:
-    return float((ours.cpu().double() - expected.double()).norm() / (expected.double().norm() + 1e-30))
-
-
-def agree(ours: TokenLoss, expected: TokenLoss) -> None:
-    for field in TokenLoss._fields:
-        assert distance(getattr(ours, field), getattr(expected, field)) < 1e-4, field
-
-
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("vocab", [1, 1003, 151_936, 300_000])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)])
-def test_the_loss_of_logits_is_that_of_the_cpu(recipe, vocab, dtype, bound):
-    logits, targets, tokens = rows(vocab, dtype)
-    expected = logits.clone()
-    loss = token_loss_(expected, targets, tokens, recipe, temperature=0.8)
-    places = targets.cuda(), on("cuda", tokens), recipe
-    spot = logits.cuda()
-    agree(token_loss_(spot, *places, temperature=0.8), loss)
-    again = logits.cuda()
-    token_loss_(again, *places, temperature=0.8)
-    assert torch.equal(spot, again)
-    leaf = logits.cuda().requires_grad_()
-    apart = token_loss(leaf, *places, temperature=0.8)
-    agree(apart, loss)
-    apart.loss.backward()
-    assert leaf.grad is not None
-    for grad in (spot, leaf.grad):
-        assert vocab == 1 or distance(grad, expected) < bound
-
-
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_the_loss_of_hidden_states_is_that_of_the_cpu(recipe):
-    _, targets, tokens = rows(5003, torch.float32)
-    hidden, weight = torch.randn(NUM_ROWS, 64), torch.randn(5003, 64) / 8
-    near = torch.log_softmax(hidden @ weight.T, 1).gather(1, targets[:, None])[:, 0]
-    drift = tokens.behaviour - tokens.behaviour.mean()
-    tokens = replace(tokens, behaviour=near + 0.1 * drift, proximal=near - 0.1 * drift, reference=near + 0.2 * drift)
-
-    def run(device: str) -> tuple[TokenLoss, Tensor | None, Tensor | None]:
-        leaves = [leaf.to(device).detach().requires_grad_() for leaf in (hidden, weight)]
-        out = linear_token_loss(*leaves, targets.to(device), on(device, tokens), recipe)
-        out.loss.backward()
-        return out, leaves[0].grad, leaves[1].grad
-
-    ours, expected = run("cuda"), run("cpu")
-    agree(ours[0], expected[0])
-    for mine, theirs in zip(ours[1:], expected[1:], strict=True):
-        assert mine is not None and theirs is not None and distance(mine, theirs) < 1e-4
-
-
-def test_a_target_out_of_range_makes_its_row_nan_on_cuda():
-    logits, targets, tokens = rows(1003, torch.float32)
-    targets[60] = 1003
-    tokens.mask[60] = 1
-    grad = logits.cuda()
-    token_loss_(grad, targets.cuda(), on("cuda", tokens), RECIPES["token"])
-    broken = grad.isnan().all(1).cpu()
-    assert broken[60] and broken.sum() == 1
