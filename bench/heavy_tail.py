@@ -13,6 +13,7 @@ import torch
 from engine import tokenizer as tokenizers
 from engine.config import Config, parse
 from engine.model import build
+from engine.process import StopSignal
 from engine.warm_start import warm_start
 
 KINDS = {"a": (0.6, 8), "b": (0.3, 32), "c": (0.1, 160)}  # letter -> share of prompts, mean length in tokens
@@ -65,6 +66,6 @@ def make_model(directory: Path) -> None:
     tokenizer = tokenizers.load(config.model)
     ids = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
     policy = build(config.model, vocab_size=len(tokenizer), seed=0, **ids)
-    warm_start(config, policy, tokenizer)
+    warm_start(config, policy, tokenizer, StopSignal(config.deadlines.stop_s))
     policy.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
