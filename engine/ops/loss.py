@@ -235,8 +235,17 @@ def _token_loss_backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
 
 
 def _scaled(grad: Tensor, factor: Tensor, reuse: bool) -> Tensor:
-    """`grad`, as large as the logits or the head, times the scalar `factor`; in place, a second backward raises."""
-    return grad.mul_(factor) if reuse else grad * factor
+    """`grad`, as large as the logits or the head, times the scalar `factor`; in place, a second backward raises.
+
+    A loss that is the end of its graph has a factor of 1, for which the CPU saves itself the pass. Looking at it would
+    wait for a GPU, and is no part of a graph that is being compiled.
+    """
+    if not reuse:
+        return grad * factor
+    if type(factor) is Tensor and factor.device.type == "cpu" and factor == 1:
+        torch.autograd.graph.increment_version(grad)
+        return grad
+    return grad.mul_(factor)
 
 
 def _linear_stats_fake(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, memory: int) -> tuple:
