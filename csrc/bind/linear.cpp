@@ -6,7 +6,6 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -16,6 +15,7 @@
 
 #include "../loss/token_loss.h"
 #include "loss.h"
+#include "memory.h"
 #include "products.h"
 
 namespace leeway::bind {
@@ -27,7 +27,7 @@ namespace {
 // Rows of `columns` elements that begin at multiples of 256 bytes and more, whatever the number of columns.
 Tensor aligned_rows(int64_t rows, int64_t columns, const at::TensorOptions& options) {
   const int64_t stride = (columns + 127) / 128 * 128;
-  return at::empty_strided({rows, columns}, {stride, 1}, options);
+  return fresh({rows, stride}, options).narrow(1, 0, columns);
 }
 
 // How many rows of `bytes` bytes fit into `memory`, at least one; whole tiles of the matrix products where they are many.
@@ -108,7 +108,7 @@ class Head {
     if (wants.any()) grads_ = aligned_rows(std::min(wave, most), vocab, options.dtype(factor));
     if (!in_place_) logits_ = aligned_rows(std::min(piece_, most), vocab, options.dtype(type));
     d_hidden = wants.hidden ? at::zeros(hidden.sizes(), hidden.options()) : at::empty({0}, hidden.options());
-    d_weight = at::empty(wants.weight ? weight.sizes() : at::IntArrayRef{0}, options.dtype(type));
+    d_weight = fresh(wants.weight ? weight.sizes() : at::IntArrayRef{0}, options.dtype(type));
   }
 
   int64_t piece() const { return piece_; }  // rows of logits at a time

@@ -8,6 +8,7 @@
 
 #include "../loss/token_loss.h"
 #include "device.h"
+#include "memory.h"
 
 namespace leeway::bind {
 
@@ -191,7 +192,7 @@ Tensor row_grad_op(const Tensor& given, const Tensor& targets, const Tensor& lse
                     vector(lse, "lse", expected, type)};
   const Slopes slopes{vector(grad_logprob, "grad_logprob", expected, type),
                       vector(grad_entropy, "grad_entropy", expected, type)};
-  const Tensor grad = at::empty(logits.sizes(), logits.options());
+  const Tensor grad = fresh(logits.sizes(), logits.options());
   row_grad(rows, stats, slopes, grad);
   return grad;
 }
@@ -235,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_op
   check_recipe(recipe, known);
   const Rows rows{logits, bind::targets(targets, expected, logits.size(1)), temperature};
   const Stats stats = Stats::empty(expected.size, wide_options(logits));
-  const Tensor grad = at::empty(wants_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
+  const Tensor grad = fresh(wants_grad ? logits.sizes() : at::IntArrayRef{0}, logits.options());
   const Loss out = token_loss(rows, known, recipe, stats, wants_grad ? MaybeTensor(grad) : std::nullopt);
   return {out.loss, stats.logprob, stats.entropy, out.ratio, out.coefficient, out.health, grad};
 }
