@@ -44,10 +44,14 @@ LEEWAY_INLINE uint64_t sum_words(const uint8_t* from, int64_t num_bytes, int64_t
 
 // --- Casts.
 
+// Asks for what the next piece reads, which then comes while this one is summed.
 template <typename From, typename To>
 LEEWAY_INLINE void cast(const From* from, int64_t count, float scale, To* to) {
   int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) store(to + j, scale == 1 ? load(from + j) : load(from + j) / scale);
+  for (; j + kLanes <= count; j += kLanes) {
+    __builtin_prefetch(from + j + kPieceBytes / sizeof(To), 0, 2);
+    store(to + j, scale == 1 ? load(from + j) : load(from + j) / scale);
+  }
   for (; j < count; ++j) from_float(scale == 1 ? to_float(from[j]) : to_float(from[j]) / scale, to[j]);
 }
 
