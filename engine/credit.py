@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from engine.algorithms.method import Method
+from engine.config import ConfigError
 from engine.schema import Group
 from engine.scores import Shape
 
@@ -33,7 +34,7 @@ def advantages(method: Method, shape: Shape, groups: list[Group]) -> list[np.nda
 def segment_advantages(method: Method, groups: list[Group]) -> list[np.ndarray]:
     """float32 [T] for each group: every token has its segment's advantage, 0 in a completion that was cut off.
 
-    The rewards' own scores of the segments count, without penalties. Raises `ValueError` for a valid completion whose
+    The rewards' own scores of the segments count, without penalties. Raises `ConfigError` for a valid completion whose
     reward judged no segments.
     """
     judged = [
@@ -44,7 +45,7 @@ def segment_advantages(method: Method, groups: list[Group]) -> list[np.ndarray]:
     ]
     for number, _, verdict in judged:
         if not verdict.segments:
-            raise ValueError(
+            raise ConfigError(
                 f"algorithm.advantage: judges segments, which the reward of domain {groups[number].domain!r} did not"
             )
     sizes = [len(verdict.segments) for _, _, verdict in judged]

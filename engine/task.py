@@ -64,7 +64,7 @@ def followed(generator: Generator, temperature: float | None, entropy: float | N
     T * exp(GAIN * (target - entropy)), between 1 / SWING and SWING times what it began as: where the policy sharpens,
     it is sampled hotter. The target of about 0.3 nats: AceReason-Nemotron 1.1, arXiv:2506.13284; the rule is ours.
     """
-    if generator.target_entropy == 0 or entropy is None:
+    if generator.target_entropy == 0 or entropy is None or not math.isfinite(entropy):
         return temperature
     start = generator.temperature
     warmer = (start if temperature is None else temperature) * math.exp(GAIN * (generator.target_entropy - entropy))

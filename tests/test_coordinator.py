@@ -452,5 +452,6 @@ def test_the_temperature_follows_the_entropy_also_over_a_resume(tmp_path: Path) 
 def test_the_temperature_keeps_within_bounds() -> None:
     generator = msgspec.structs.replace(fake_run.config().generator, target_entropy=0.3, temperature=0.8)
     assert followed(generator, None, None) is None
+    assert followed(generator, 0.7, math.nan) == 0.7  # of an update that was skipped
     assert followed(generator, 1.59, 0.0) == 1.6
     assert followed(generator, 0.41, 9.0) == 0.4

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engine.algorithms.method import Method, compose
+from engine.config import ConfigError
 from engine.credit import advantages
 from engine.learner_loop import prepare
 from engine.schema import Group
@@ -95,7 +96,7 @@ def test_what_the_judge_could_not_score_or_what_was_cut_off_has_no_advantage() -
 
 
 def test_a_reward_without_segments_is_refused() -> None:
-    with pytest.raises(ValueError, match="the reward of domain 'd' did not"):
+    with pytest.raises(ConfigError, match="the reward of domain 'd' did not"):
         advantages(method("process_delta"), RAW, [group(1.0, 0.0)])
 
 
