@@ -98,7 +98,7 @@ def resumed(rows: Iterable[Row], decisions: list[Decision]) -> Iterator[Item]:
 
 def curate(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = tomllib.loads(arguments.recipe.read_text())
-    filters = recipe.get("filters")
+    filters: Any = recipe.get("filters")
     tables = isinstance(filters, list) and all(isinstance(table, dict) for table in filters)
     if not tables or len(recipe) > 1:
         raise ValueError(f"{arguments.recipe}: must hold [[filters]] tables, and nothing else")

@@ -90,13 +90,10 @@ class Endpoint:
 
     async def _send(self, request: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """The answer's body, and how many attempts it took."""
-        if self._client is None:  # here, within the event loop that uses it
-            key = os.environ.get(self._key_env, "") if self._key_env else ""
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
-            self._client = httpx.AsyncClient(headers=headers, limits=self._limits, timeout=self._deadline_s)
+        client = self._client = self._connect() if self._client is None else self._client
         for attempt in range(self._retries + 1):
             try:
-                response = await self._client.post(self._url, json=request)
+                response = await client.post(self._url, json=request)
                 if response.status_code == 200:
                     return response.json(), attempt + 1
                 problem = f"status {response.status_code}: {response.text[:200]}"
@@ -109,6 +106,12 @@ class Endpoint:
                 backoff_s = min(LONGEST_WAIT_S, self._first_wait_s * 2**attempt) * random.uniform(0.5, 1.0)
                 await asyncio.sleep(max(wait_s, backoff_s))
         raise EndpointError(f"{self._url}: {problem}")
+
+    def _connect(self) -> httpx.AsyncClient:
+        """Called within the event loop that uses it, in the process that does."""
+        key = os.environ.get(self._key_env, "") if self._key_env else ""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.AsyncClient(headers=headers, limits=self._limits, timeout=self._deadline_s)
 
     def _place(self, request: dict[str, Any]) -> Path | None:
         if self._cache is None:

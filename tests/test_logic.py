@@ -133,7 +133,7 @@ def check(task: str, num_instances: int) -> None:
     assert not any(score(task, index, "") == 1.0 for index, answer in enumerate(answers) if answer.strip())
 
 
-@pytest.mark.parametrize("task", ["game_of_life_halting", "prime_factorization", *ORACLES, *SAMPLED])
+@pytest.mark.parametrize("task", ["game_of_life_halting", "puzzle24", "prime_factorization", *ORACLES, *SAMPLED])
 def test_oracles_score_full_and_others_less(task):
     check(task, 3)
 
