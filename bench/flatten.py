@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 from bench import results  # noqa: E402
 from engine.ops import buckets  # noqa: E402
 from engine.weights import Manifest, Publisher, Subscriber  # noqa: E402
-from engine.weights.segment import Segment, pieces  # noqa: E402
+from engine.weights.segment import pieces  # noqa: E402
+from engine.weights.subscribe import SharedSource  # noqa: E402
 
 ROUNDS = 9
 CHANGED = 100  # one weight in so many
@@ -205,7 +206,7 @@ def publish_rows(num_parameters: float) -> list[dict]:
             digest.update(to[piece].data)
 
     name = f"bench-{os.getpid()}"
-    with closing(Publisher(name, manifest)) as publisher, closing(Subscriber(Segment.open(name))) as subscriber:
+    with closing(Publisher(name, manifest)) as publisher, closing(Subscriber(SharedSource(name))) as subscriber:
         publish()
         works: Works = {
             "publish": (publish, manifest.num_bytes),

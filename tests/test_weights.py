@@ -4,6 +4,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ from engine.config import ConfigError
 from engine.ops import buckets
 from engine.weights import Manifest, Publisher, Server, Subscriber, WeightsError, host_id, segment, subscribe
 from engine.weights.segment import Header, Overwritten, Part, Segment, as_hex
-from engine.weights.subscribe import ATTEMPTS
+from engine.weights.subscribe import ATTEMPTS, SharedSource
 from engine.weights.tcp import Describe, Read, TcpSource
 
 Tensors = list[tuple[str, torch.Tensor]]
@@ -31,6 +32,11 @@ MANIFEST = Manifest.of(tensors(0.0), torch.float32)
 
 def values(found: dict[str, torch.Tensor]) -> set[float]:
     return {value for tensor in found.values() for value in tensor.unique().tolist()}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("engine.weights.subscribe"), "SHARED_PIECE_BYTES", 1 << 20)
 
 
 @pytest.fixture
@@ -101,7 +107,7 @@ def test_tensors_arrive_cast(name: str) -> None:
         ("integer", torch.arange(5)),
     ]
     manifest = Manifest.of(given, torch.bfloat16)
-    with closing(Publisher(name, manifest)) as publisher, closing(Subscriber(Segment.open(name))) as subscriber:
+    with closing(Publisher(name, manifest)) as publisher, closing(Subscriber(SharedSource(name))) as subscriber:
         digest = publisher.publish(0, 1, given)
         staged = subscriber.stage(0, 1)
     manifest.require(subscriber.manifest)
@@ -180,7 +186,7 @@ def test_a_copy_overwritten_meanwhile_is_made_again(
 
 def test_an_overwrite_ends_the_read_at_its_next_piece(publisher: Publisher) -> None:
     publisher.publish(0, 1, tensors(1))
-    with closing(Segment.open(publisher.name)) as reader:
+    with closing(SharedSource(publisher.name)) as reader:
         landed = reader.read(reader.headers()[0], "payload", np.empty(MANIFEST.num_bytes, np.uint8))
         next(landed)
         for version in (2, 3):
@@ -272,7 +278,7 @@ def test_a_name_belongs_to_one_living_job(publisher: Publisher) -> None:
 def test_closing_removes_the_segment_but_not_from_readers(name: str) -> None:
     publisher = Publisher(name, MANIFEST)
     publisher.publish(0, 1, tensors(1))
-    subscriber = Subscriber(Segment.open(name))
+    subscriber = Subscriber(SharedSource(name))
     publisher.close()
     assert values(subscriber.stage(0, 1).tensors) == {1.0}
     with pytest.raises(WeightsError, match="its job has ended"):
@@ -325,7 +331,7 @@ def test_auto_is_shared_memory_where_it_can_be_seen(publisher: Publisher) -> Non
     with closing(Server(publisher.name, "127.0.0.1")) as server:
         address = f"tcp://127.0.0.1:{server.port}"
         for host, name, kind in (
-            (host_id(), publisher.name, Segment),
+            (host_id(), publisher.name, SharedSource),
             ("elsewhere", publisher.name, TcpSource),
             (host_id(), "unseen", TcpSource),  # a container with a /dev/shm of its own
         ):

@@ -26,7 +26,7 @@ from engine.weights import (
     segment,
     subscribe,
 )
-from engine.weights.segment import Segment
+from engine.weights.subscribe import SharedSource
 
 SHAPES = [(512, 512), (3,), (1024, 512), (256, 256), (1024, 256)]  # 4.5 MiB
 MANIFEST = Manifest.lay_out([(f"layer{i}", shape, torch.float32) for i, shape in enumerate(SHAPES)])
@@ -132,7 +132,7 @@ def test_writer_dies_before_each_tensor(number: int) -> None:
     with spawned(publish_and_die, number) as (process, pipe):
         process.join(10)
         assert process.exitcode == -signal.SIGKILL and pipe.recv() == 2
-    with closing(Subscriber(Segment.open(NAME))) as subscriber:
+    with closing(Subscriber(SharedSource(NAME))) as subscriber:
         for asked in (1, 2):
             assert version_of(subscriber.stage(0, asked)) == 2
         with pytest.raises(WeightsError, match=r"version \(0, 3\) is not there"):
@@ -145,7 +145,7 @@ def test_writer_killed_at_any_moment(seed: int) -> None:
     with spawned(publish_for_ever) as (process, pipe):
         assert pipe.poll(10) and pipe.recv() == 0
         kill_at = time.monotonic() + random.Random(seed).uniform(0, 0.04)
-        with closing(Subscriber(Segment.open(NAME))) as subscriber:
+        with closing(Subscriber(SharedSource(NAME))) as subscriber:
             while time.monotonic() < kill_at:
                 with suppress(WeightsError):  # the writer, which never rests, may overtake every attempt
                     version_of(subscriber.stage(0, 0))
@@ -187,5 +187,5 @@ def test_server_killed_at_any_moment(seed: int) -> None:
                     version += 1
                     publisher.publish(0, version, constant(version))
             killer.join()
-        with closing(Subscriber(Segment.open(NAME))) as direct:
+        with closing(Subscriber(SharedSource(NAME))) as direct:
             assert version_of(direct.stage(0, version)) == version

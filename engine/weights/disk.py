@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from engine.ops import buckets
 from engine.weights.manifest import Manifest, WeightsError
 from engine.weights.segment import NUM_SLOTS, Header, Overwritten, Part
 
@@ -57,17 +58,18 @@ class DiskSource:
                 continue
         return found
 
-    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[slice]:
+    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[tuple[slice, int]]:
         path = self._directory / f"{self._segment}-{header.incarnation}-{header.version}{SUFFIX}"
         into[:] = 0  # between tensors
-        views = self.manifest.views(torch.from_numpy(into))
+        payload = torch.from_numpy(into)
+        views = self.manifest.views(payload)
         try:
             with safe_open(path, framework="pt") as file:
                 for name, view in views.items():
                     view.copy_(file.get_tensor(name))
         except (OSError, SafetensorError) as error:
             raise Overwritten from error
-        yield slice(0, len(into))
+        yield slice(0, len(into)), int(buckets.checksum(payload))
 
     def close(self) -> None:
         pass

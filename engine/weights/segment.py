@@ -34,7 +34,7 @@ from engine.weights.manifest import Manifest, WeightsError
 
 DIRECTORY = Path("/dev/shm")
 PREFIX = "leeway-"
-PIECE_BYTES = 1 << 20  # copied at a time: short enough to notice an overwrite early and to hash from the cache
+PIECE_BYTES = 1 << 20  # sent at a time: short enough to notice an overwrite early and to sum from the cache
 NUM_SLOTS = 2
 
 Part = Literal["payload", "delta"]
@@ -136,16 +136,13 @@ class Segment:
         found = [header for header in map(self._header, range(NUM_SLOTS)) if header is not None]
         return sorted(found, key=lambda header: header.age, reverse=True)
 
-    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[slice]:
-        """Copies a part of `header` piece by piece, yielding each piece's place. Raises `Overwritten`."""
-        for piece in pieces(len(into)):
-            self.copy(header, part, piece, into[piece])
-            yield piece
+    def view(self, header: Header, part: Part, piece: slice) -> np.ndarray:
+        """Bytes of a part of `header`, which its writer may overwrite: see `check`."""
+        source = self.payload(header.slot) if part == "payload" else self.delta(header.slot)[: header.delta_bytes]
+        return source[piece]
 
-    def copy(self, header: Header, part: Part, piece: slice, into: np.ndarray) -> None:
-        """Copies one piece (without the GIL). Raises `Overwritten` if the slot no longer holds what `header` says."""
-        source = self.payload(header.slot) if part == "payload" else self.delta(header.slot)
-        np.copyto(into, source[piece])
+    def check(self, header: Header) -> None:
+        """Raises `Overwritten` if the slot no longer holds what `header` says."""
         if self._header(header.slot) != header:
             raise Overwritten
 
@@ -187,10 +184,10 @@ def as_hex(digest: int) -> str:
     return f"{digest:016x}"
 
 
-def pieces(num_bytes: int) -> Iterator[slice]:
-    """The payload's bytes in order, `PIECE_BYTES` at a time."""
-    for start in range(0, num_bytes, PIECE_BYTES):
-        yield slice(start, min(start + PIECE_BYTES, num_bytes))
+def pieces(num_bytes: int, size: int = PIECE_BYTES) -> Iterator[slice]:
+    """The payload's bytes in order, `size` at a time."""
+    for start in range(0, num_bytes, size):
+        yield slice(start, min(start + size, num_bytes))
 
 
 def remove_stale() -> list[str]:
