@@ -17,6 +17,8 @@ import zmq
 from engine.keys import JoinKey, Lock
 from engine.schema import SCHEMA_VERSION, TapRecord, decode, encode
 
+MOST_AT_ONCE = 64  # messages
+
 
 class Silence(TimeoutError):
     """A peer did not answer within its deadline."""
@@ -106,8 +108,11 @@ class Hub:
         self.malformed = 0
 
     def drain(self) -> Iterator[tuple[str, Any, list[Any]]]:
-        """(peer, message, its frames) of every message that has arrived; a malformed one is counted and dropped."""
-        while self.socket.poll(0):
+        """(peer, message, its frames) of the messages that have arrived, at most `MOST_AT_ONCE`: who sends all the time
+        must not keep the loop from its other sockets. A malformed one is counted and dropped."""
+        for _ in range(MOST_AT_ONCE):
+            if not self.socket.poll(0):
+                return
             identity, *frames = self.socket.recv_multipart(copy=False)
             buffers = [frame.buffer for frame in frames]
             try:

@@ -40,13 +40,15 @@ class Job:
         ranks: int = 0,
         torchrun: tuple[str, ...] = ("--standalone",),
         config: Path = SMALL,
+        before: tuple[str, ...] = (),
     ):
-        """`run` is the run directory, resumed where it exists; `ranks` on this host under torchrun, 0: without it."""
+        """`run` is the run directory, resumed where it exists; `ranks` on this host under torchrun, 0: without it;
+        `before`: what to run the command by."""
         self.run = RunDirectory(run)
         self.mark = uuid.uuid4().hex
         agent = ["-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={ranks}"] if ranks else []
         place = [f"--resume={run}"] if run.exists() else [f"--run.directory={run}"]
-        self.command = [sys.executable, *agent, str(LAUNCH), str(config), *place, *arguments]
+        self.command = [*before, sys.executable, *agent, str(LAUNCH), str(config), *place, *arguments]
         self.log = run.with_name(f"{run.name}-{self.mark[:6]}.log")
 
     def __enter__(self) -> "Job":
