@@ -17,7 +17,7 @@ from engine.weights.delta import Changes, apply
 from engine.weights.manifest import Manifest, WeightsError
 from engine.weights.segment import NUM_SLOTS, Header, Segment, as_hex, remove_stale
 
-DELTA_SHARE = 4  # a delta larger than one part in so many of the payload is not kept: one weight in eight changed
+DELTA_SHARE = 2  # a delta larger than one part in so many of the payload is not kept: one weight in four changed
 
 class Publisher:
     """The one writer of the segment `name`. Removes the segments of dead jobs first.
