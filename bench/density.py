@@ -2,8 +2,8 @@
 
 Models with random weights, of 1.2 million parameters as in configs/tiny.toml and of 40 million, take steps of AdamW on
 policy gradients of random completions, whose advantages are random too; norms are clipped to 1. Learning rates from
-1e-6 to 1e-3. For every step: the share of the bfloat16 weights whose bits changed, and the bytes of the delta, of which a
-version with few changes is made, against the bytes of the whole; where a delta is too large, the whole travels.
+1e-6 to 1e-3. For every step: the share of the bfloat16 weights whose bits changed, and the bytes of the delta against
+those of the whole; where a delta is too large, the whole travels.
 
 The share follows from the step against the weight: AdamW moves each by about the learning rate, and bfloat16 keeps 8
 bits of a weight. Weights of 0.02, as here, change where their step crosses a multiple of 2^-13 to 2^-14.

@@ -212,8 +212,11 @@ def generator_rank(config: Config, place: Seat, stop: StopSignal, resume: str | 
     arguments, log = ["--join", address, "--name", name], run.logs / f"{name}.log"
     supervisor = Supervisor(name, "engine.actor_loop", arguments, log, place.child_threads, place.child_gpus)
     supervisor.start()
-    supervisor.wait(stop)
-    supervisor.stop(1.0)
+    try:
+        while not supervisor.wait(stop, config.deadlines.lease_s):
+            store.check([DONE_KEY])  # raises where the store, and so the job, has gone
+    finally:
+        supervisor.stop(1.0)
     if supervisor.gave_up and not store.check([DONE_KEY]):
         raise supervisor.error()
 

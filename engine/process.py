@@ -152,9 +152,9 @@ class Supervisor(threading.Thread):
         assert self.child is not None
         return ProcessDied(f"{self.child.error()}; it died {MOST_QUICK_DEATHS} times in a row")
 
-    def wait(self, stop: "StopSignal") -> None:
-        """Returns when the child has ended for good, or when the job is asked to stop."""
-        select.select([self._end_read, stop.fd], [], [])
+    def wait(self, stop: "StopSignal", timeout_s: float | None = None) -> bool:
+        """Whether the child has ended for good, or the job was asked to stop, within `timeout_s` seconds."""
+        return bool(select.select([self._end_read, stop.fd], [], [], timeout_s)[0])
 
     def stop(self, timeout_s: float) -> None:
         """Ends the child and the supervision."""

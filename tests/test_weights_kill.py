@@ -189,3 +189,45 @@ def test_server_killed_at_any_moment(seed: int) -> None:
             killer.join()
         with closing(Subscriber(SharedSource(NAME))) as direct:
             assert version_of(direct.stage(0, version)) == version
+
+
+FEW = Manifest.lay_out([(f"layer{i}", shape, torch.bfloat16) for i, shape in enumerate(SHAPES)])
+
+
+def publish_few_for_ever(pipe: Connection) -> None:
+    """Versions that differ in the first element of each tensor alone, so that deltas travel."""
+    torch.set_num_threads(1)
+    publisher = Publisher(NAME, FEW, delta=True)
+    tensors = {entry.name: torch.zeros(entry.shape) for entry in FEW.entries}
+    version = 0
+    while True:
+        for tensor in tensors.values():
+            tensor.view(-1)[0] = version % 200
+        publisher.publish(0, version, tensors.items())
+        pipe.send(version)
+        version += 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_writer_of_deltas_killed_at_any_moment(seed: int) -> None:
+    with spawned(publish_few_for_ever) as (process, pipe), closing(staging_few(pipe)) as subscriber:
+        kill_at = time.monotonic() + random.Random(seed).uniform(0, 0.1)
+        while time.monotonic() < kill_at:
+            with suppress(WeightsError):
+                few_of(subscriber.stage(0, 0))
+        process.kill()
+        process.join(10)
+        published = last(pipe)
+        assert few_of(subscriber.stage(0, max(published, 0))).version in (published, published + 1)
+
+
+def staging_few(pipe: Connection) -> Subscriber:
+    assert pipe.poll(10) and pipe.recv() == 0
+    return Subscriber(SharedSource(NAME))
+
+
+def few_of(staged: Staged) -> Staged:
+    for name, tensor in staged.tensors.items():
+        flat = tensor.view(-1)
+        assert flat[0] == staged.version % 200 and not flat[1:].any(), f"{name} of version {staged.version} is torn"
+    return staged
