@@ -1,6 +1,7 @@
 # make install   .venv with everything, csrc/ compiled; quick when nothing changed
 # make run       the job of CONFIG
 # make test      the test suite
+# make multinode hosts of network namespaces, whose links are cut: minutes, as root
 # make sglang    .venv-sglang, in which SGLang serves: real generators on GPUs, on a CPU for tests
 # make lint      style and types
 
@@ -29,7 +30,7 @@ CUDA := $(shell command -v nvidia-smi)
 # Packages of the machine, an older torch among them, must not be seen from .venv.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: install sglang run test lint clean
+.PHONY: install sglang run test multinode lint clean
 
 install: .venv/installed
 
@@ -40,7 +41,10 @@ run: install
 
 test:
 	$(MAKE) -j2 install sglang
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore=tests/test_multinode.py
+
+multinode: install
+	$(BIN)/python -m pytest -q -m multinode
 
 lint: install
 	$(BIN)/ruff check .
