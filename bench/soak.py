@@ -57,7 +57,7 @@ def behave(prompt: str, completion: str, answer: str, **fields: Any) -> float:
 
 
 def configuration() -> configs.Config:
-    options = {"time_s": 0.3, "total_s": 2.0, "memory_mib": 256}
+    options = {"time_s": 0.6, "total_s": 3.0, "memory_mib": 256}
     code = {"name": "code", "source": "file", "path": "x", "reward": "code", "reward_options": options}
     return configs.parse({
         "run": {"name": "soak", "steps": 1, "groups_per_step": 1, "group_size": GROUP_SIZE},
@@ -65,7 +65,7 @@ def configuration() -> configs.Config:
         "domains": [code, {"name": "reward", "source": "file", "path": "x", "reward": "bench.soak:behave"}],
         "generator": {"max_new_tokens": 4, "reward_workers": NUM_WORKERS},
         "learner": {"tokens_per_micro_batch": 1000, "lr": 1e-3},
-        "deadlines": {"reward_s": 3.0},
+        "deadlines": {"reward_s": 5.0},
     })  # fmt: skip
 
 
