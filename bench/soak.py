@@ -1,4 +1,4 @@
-"""Does a day's load leave anything behind? python bench/soak.py [--quick]
+"""Does a day's load leave anything behind? python bench/soak.py [--completions N | --quick]
 
 20,000 completions go through the scorer and two workers in groups of eight, one in twenty of them malicious: programs
 that compute or sleep for ever, eat memory, kill themselves or leave things behind, which cost a sandbox at most; and
@@ -134,8 +134,9 @@ class Soak:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="800 completions")
-    num_completions = 800 if parser.parse_args().quick else NUM_COMPLETIONS
+    parser.add_argument("--completions", type=int, default=NUM_COMPLETIONS)
+    parser.add_argument("--quick", dest="completions", action="store_const", const=800, help="800 completions")
+    num_completions = parser.parse_args().completions
     soak = Soak(num_completions)
     begin = time.perf_counter()
     soak.run()
