@@ -78,6 +78,7 @@ def _configs(config: Config, root: Path) -> Iterator[Config]:
         changes = {key: value for key, value in stage.items() if key != "name"}
         table = merge(base, changes | {"domains": _domains(number, base["domains"], stage.get("domains"))})
         table = merge(table, {"run": {"name": f"{config.run.name}-{name}", "directory": str(folders[number])}})
+        table["run"]["seed"] += number  # or every stage would begin with the same prompts
         try:
             parsed = parse(table)
         except ConfigError as error:

@@ -16,6 +16,8 @@ from engine import launch, replay, stages, tokenizer
 from engine.config import Config, Model, Tokenizer, load
 from engine.model import build
 from engine.policy import named_tensors
+from engine.schema import Published
+from engine.stream import read_tap
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PLAIN = ["grpo", "dr_grpo", "dapo", "reinforce_plus_plus", "rloo", "cispo", "gspo", "ppo", "tis", "icepop"]
@@ -110,6 +112,13 @@ def steps(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == "step"]
 
 
+def published(run: Path) -> tuple[str, str]:
+    """The digests of the first weights and of the last."""
+    records = (record for tap in sorted((run / "stream").glob("*.tap")) for record in read_tap(tap))
+    digests = [record.digest for record in records if isinstance(record, Published)]
+    return digests[0], digests[-1]
+
+
 def job(name: str, run: Path, cache: Path, *arguments: str) -> Job:
     quick = f"--warm_start.cache={cache}", "--evaluation.before_after=false", "--tracking.progress=false"
     return Job(run, *quick, *arguments, config=CONFIGS / "tiny" / f"{name}.toml")
@@ -133,11 +142,11 @@ def test_acereason_runs_its_stages_also_over_a_kill(cache, tmp_path):
     run = tmp_path / "acereason"
     with job("acereason", run, cache) as running:
         second = run / "2-math-16k" / "metrics.jsonl"
-        running.until(lambda: second.exists() and second.read_text().count('"step"') > 1, "the second stage")
+        running.until(lambda: second.exists() and second.read_text().count('"step"') > 1, "the second stage", 300.0)
         os.kill(running.process.pid, signal.SIGKILL)
         running.is_gone(10.0, shared_memory=False)
     with job("acereason", run, cache) as resumed:
-        assert resumed.wait() == 0, resumed.printed()[-4000:]
+        assert resumed.wait(400.0) == 0, resumed.printed()[-4000:]
     config = load(run / "config.toml")
     runs = stages.directories(config, run)
     for stage, folder in zip(stages.configs(config, run), runs, strict=True):
@@ -145,7 +154,8 @@ def test_acereason_runs_its_stages_also_over_a_kill(cache, tmp_path):
         assert [row["step"] for row in rows][-1] == stage.run.steps
         assert {row["trained_staleness_max"] for row in rows} == {0}
         assert max(row["length_max"] for row in rows) <= stage.generator.max_new_tokens
-    assert load(runs[1] / "config.toml").model.path == str(runs[0] / "export")
+    ends = [published(folder) for folder in runs]
+    assert [begin for begin, _ in ends[1:]] == [end for _, end in ends[:-1]]  # each with the weights of the one before
     assert [round(row["temperature"], 2) for row in steps(runs[4])] == [0.8, 0.8, 1.0, 1.0]
     known = (runs[1] / "pass_rates.jsonl").read_text().splitlines()
     assert {json.loads(line)["judged"] for line in known} == {4, 8}  # of the stage before, and its own
@@ -155,7 +165,7 @@ def test_acereason_runs_its_stages_also_over_a_kill(cache, tmp_path):
 def test_exprl_goes_from_dense_rewards_to_sparse_ones(cache, tmp_path):
     run = tmp_path / "exprl"
     with job("exprl_process", run, cache, "--run.steps=3", "--stages.1.run.steps=2") as running:
-        assert running.wait() == 0, running.printed()[-4000:]
+        assert running.wait(300.0) == 0, running.printed()[-4000:]
     dense, sparse = (steps(run / folder) for folder in ("1-dense", "2-sparse"))
     assert (len(dense), len(sparse)) == (3, 2)
     assert all("kl" in row for row in dense) and not any("kl" in row for row in sparse)

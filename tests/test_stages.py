@@ -28,6 +28,7 @@ def test_a_stage_is_laid_over_the_file_and_begins_where_the_one_before_ends():
     assert (first.warm_start.steps, second.warm_start.steps) == (5, 0)
     assert (second.curriculum.pass_rate, second.curriculum.rates) == ((0.0, 0.375), ["/r/1-short/pass_rates.jsonl"])
     assert first.stages == second.stages == []
+    assert (first.run.seed, second.run.seed) == (0, 1)
 
 
 def test_a_stage_picks_domains_by_name():
