@@ -116,7 +116,7 @@ class Soak:
                 done += 1
                 if done % max(1, self.num_groups // SAMPLES) == 0:
                     self.memory.append(memory_mib())
-        self.counts["restarts of a worker"] = self._scorer.num_restarts
+        self.counts["restarts of a worker"] = self._scorer.pool.num_restarts
         self._scorer.close()
 
     def _submit(self, number: int) -> None:

@@ -181,6 +181,9 @@ def bound(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_MEMLOCK, 0, 0),
         (resource.RLIMIT_MSGQUEUE, 0, 0),
     ):
+        highest = resource.getrlimit(kind)[1]  # bounds of whoever judges are inherited, and cannot be raised
+        if highest != resource.RLIM_INFINITY:
+            soft, hard = min(soft, highest), min(hard, highest)
         resource.setrlimit(kind, (soft, hard))
 
 
