@@ -5,6 +5,7 @@ import torch
 
 from engine.algorithms.advantages import (
     ADVANTAGES,
+    BY_COMPLETION,
     batch_norm,
     group_mean,
     group_mean_batch_norm,
@@ -64,6 +65,6 @@ def test_a_uniform_group_and_a_group_of_one_have_no_advantage(name):
     torch.testing.assert_close(advantages, torch.zeros(4, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("name", BY_COMPLETION)
 def test_no_completions(name):
-    assert ADVANTAGES[name](torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert BY_COMPLETION[name](torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)

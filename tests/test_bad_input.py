@@ -159,7 +159,7 @@ def test_more_held_out_prompts_than_there_are(refusal) -> None:
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("--domains.0.reward=exactly", ["domains.0.reward = 'exactly'", "exact, format, math, reasoning_gym", "path"]),
+        ("--domains.0.reward=exactly", ["domains.0.reward = 'exactly'", "exact, format, instructions", "path"]),
         ("--domains.0.reward=small_task:prize", ["domains.0.reward = 'small_task:prize'", "no attribute 'prize'"]),
         ("--domains.1.reward_options={ x = 1 }", ["domains.1.reward = 'exact'", "no option 'x'", "allowed are"]),
         ("--domains.0.task=nowhere:draw", ["domains.0.task = 'nowhere:draw'", "package.module:name"]),
@@ -300,7 +300,7 @@ def test_dry_run_prints_the_plan_and_makes_nothing(root: Path, capsys: pytest.Ca
     for line in (
         "1 learner rank(s), 1 generator(s) of 16 slots",
         "20,736 parameters",
-        "digits 1, reverse 1; 8 held-out prompts x 2",
+        "digits 1, reverse 1, static; 8 held-out prompts x 2",
         "4 groups x 4 = 16 completions, at most 128 answer tokens, 1 update(s)",
         "(max_staleness 2 + 1) x 4 = 12 groups at once",
         "learner",

@@ -47,9 +47,11 @@ def python() -> list[str]:
     return [os.path.realpath(sys.executable), "-E", "-s", "-S", "-B"]
 
 
-def packages() -> list[str]:
-    """What programs may import besides the standard library."""
-    return list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
+def packages() -> dict[str, str]:
+    """What programs may import besides the standard library: folders of the sandbox, and which ones they are. They have
+    places of their own, as ours may be below /tmp, which is not that of the sandbox."""
+    folders = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    return {f"/packages/{number}": folder for number, folder in enumerate(folders)}
 
 
 def command(filter_fd: int, info_fd: int, own_namespace: bool) -> list[str]:
@@ -64,12 +66,12 @@ def command(filter_fd: int, info_fd: int, own_namespace: bool) -> list[str]:
         words += ["--setenv", name, value]
     for path in SYSTEM:
         words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-    shown = [*FILES, sys.base_prefix, *packages()]
+    shown = {path: path for path in (*FILES, sys.base_prefix)} | packages()
     parents = [str(parent) for path in (*shown, *DEVICES) for parent in reversed(Path(path).parents)]
     for path in dict.fromkeys(parents):
         words += ["--perms", "0755", "--dir", path]  # left to itself bwrap makes them for its own user alone
-    for path in shown:
-        words += ["--ro-bind-try", path, path]
+    for path, folder in shown.items():
+        words += ["--ro-bind-try", folder, path]
     for path in DEVICES:
         words += ["--dev-bind", path, path]
     words += ["--ro-bind", str(HERE), INSIDE]

@@ -42,7 +42,8 @@ def start_unsafe(resources: ExitStack) -> socket.socket:
     """No walls: the same runner with the rights of whoever started it, bounds and system-call filter apart."""
     folder = resources.enter_context(tempfile.TemporaryDirectory())
     words = [*bubblewrap.python(), str(bubblewrap.HERE / "runner.py")]
-    control, _ = _launch(resources, words, 0, [], cwd=folder, env=bubblewrap.ENVIRONMENT)
+    packages = [*bubblewrap.packages().values()]
+    control, _ = _launch(resources, words, 0, packages, [], cwd=folder, env=bubblewrap.ENVIRONMENT)
     return control
 
 
@@ -88,14 +89,15 @@ def _start_within(resources: ExitStack, way: Way) -> socket.socket:
         resources.enter_context(claim)
         inner_user = 0 if way.own_namespace else user
         outer = {"user": user, "group": user, "extra_groups": []} if way.own_namespace else {}
-    control, process = _launch(resources, words, inner_user, [code.fileno(), info.fileno()], **outer)
+    files = [code.fileno(), info.fileno()]
+    control, process = _launch(resources, words, inner_user, [*bubblewrap.packages()], files, **outer)
     first = os.pidfd_open(json.loads(content(info.fileno(), LONGEST_MESSAGE))["child-pid"])
     resources.callback(_end_namespace, process, first)
     return control
 
 
 def _launch(
-    resources: ExitStack, words: list[str], inner_user: int, files: list[int], **options: Any
+    resources: ExitStack, words: list[str], inner_user: int, packages: list[str], files: list[int], **options: Any
 ) -> tuple[socket.socket, subprocess.Popen]:
     """Starts `words` with the runner behind them and waits for its first word. Raises `SandboxError` with the last
     words of one that does not come up."""
@@ -112,7 +114,7 @@ def _launch(
             **options,
         )
     resources.callback(_kill, process)
-    setup = {"filter": syscalls.program_filter().hex(), "own_pid": syscalls.OWN_PID, "packages": bubblewrap.packages()}
+    setup = {"filter": syscalls.program_filter().hex(), "own_pid": syscalls.OWN_PID, "packages": packages}
     with suppress(BrokenPipeError):
         ours.send(msgspec.json.encode(setup))
     if not receive(ours, START_S):
