@@ -16,6 +16,7 @@
 
 #include "../api/pack.h"
 #include "device.h"
+#include "memory.h"
 
 namespace leeway {
 namespace {
@@ -149,7 +150,7 @@ uint64_t fill_of(double value, c10::ScalarType type) {
 template <typename Run>
 std::vector<Tensor> move_streams(LeewayMove move, at::TensorList from, int64_t size, at::ArrayRef<double> fill, Run run) {
   std::vector<Tensor> to;
-  for (const Tensor& stream : from) to.push_back(at::empty({size}, stream.options()));
+  for (const Tensor& stream : from) to.push_back(bind::fresh({size}, stream.options()));
   for (size_t begin = 0; begin < from.size(); begin += LEEWAY_MOST_STREAMS) {
     const size_t end = std::min(from.size(), begin + LEEWAY_MOST_STREAMS);
     for (size_t k = begin; k < end; ++k) {
