@@ -129,11 +129,9 @@ class Generator(Struct, kw_only=True):
     reward_memory_gb: Positive = 4.0  # of each of them; beyond it a reward raises MemoryError
 
 
-class Learner(Struct, kw_only=True):
-    device: str = "auto"
-    tokens_per_micro_batch: Count
-    share_prefix: bool = True  # compute each group's prompt once
-    updates_per_step: Count = 1  # optimiser updates a take
+class Optimizer(Struct, kw_only=True):
+    """What [learner] and [critic] say of their optimiser."""
+
     lr: Positive
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Unsigned = 1e-8
@@ -141,6 +139,13 @@ class Learner(Struct, kw_only=True):
     clip_norm: Positive = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Natural = 0
+
+
+class Learner(Optimizer, kw_only=True):
+    device: str = "auto"
+    tokens_per_micro_batch: Count
+    share_prefix: bool = True  # compute each group's prompt once
+    updates_per_step: Count = 1  # optimiser updates a take
     mixed_precision: bool = False  # bfloat16 compute on CUDA
     activation_checkpointing: bool = False
     max_bad_updates: Count = 3  # non-finite updates in a row that end the job
@@ -148,18 +153,12 @@ class Learner(Struct, kw_only=True):
     parity_bound: Positive = 1e-3  # largest mean |log-probability difference| between generator and learner at start
 
 
-class Critic(Struct):
+class Critic(Optimizer, kw_only=True):
     """The value model, where `algorithm.advantage` needs one."""
 
     path: str = ""  # a reward model or an exported critic in Hugging Face format; empty: it begins as the policy
     pretrain_steps: Natural = 0  # takes at the start that train the critic alone, on Monte-Carlo returns
     lr: Positive = 2e-6
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Unsigned = 1e-8
-    weight_decay: Unsigned = 0.0
-    clip_norm: Positive = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Natural = 0
 
 
 class Algorithm(Struct):

@@ -47,7 +47,7 @@ class Job:
         self.lead = seat.rank == 0
         self.started = time.monotonic()
         self.method = compose(config.algorithm)
-        self.shape = scheduled_shape(config)
+        self.schedule, self.shape = Schedule(config), scheduled_shape(config)
         self.learner = Learner(config, policy, self.method, device=seat.device, directory=run.debug)
         if resume is not None:
             checkpoint.load(resume, self.learner)
@@ -110,8 +110,8 @@ class Job:
 
     def step(self, taken: Taken) -> dict[str, Any]:
         """One take becomes one version."""
-        config, version = self.config, self.learner.version
-        updates = prepare(config, self.method, self.shape, taken.groups, version)
+        version = self.learner.version
+        updates = prepare(self.schedule, self.method, self.shape, taken.groups, version)
         report = self.learner.step(updates)
         skipped = report["skipped_updates"] == len(updates)
         end, reason = ("failed", "non-finite update") if skipped else ("trained", "")
@@ -238,9 +238,9 @@ def make_publisher(config: Config, segment: str, manifest: Manifest) -> Publishe
     return Publisher(segment, manifest, delta=delta, directory=config.weights.directory)
 
 
-def prepare(config: Config, method: Method, shape: Shape, groups: list[Group], version: int) -> list[Update]:
+def prepare(schedule: Schedule, method: Method, shape: Shape, groups: list[Group], version: int) -> list[Update]:
     """What the learner at `version` makes of the groups of one take."""
-    schedule = Schedule(config)
+    config = schedule.configs[0]
     return pack(
         groups,
         advantages(method, shape, groups),

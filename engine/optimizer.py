@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from engine import parallel
+from engine.config import Optimizer
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rate, by the share of updates made
     "constant": lambda progress: 1.0,
@@ -20,19 +20,7 @@ class NonFinite(RuntimeError):
     """Too many updates in a row had a loss or a gradient that is infinite or not a number."""
 
 
-class Settings(Protocol):
-    """What [learner] and [critic] say of their optimiser."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    schedule: str
-    warmup_steps: int
-
-
-def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+def adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     """AdamW over `model`; matrices decay, vectors (norms and biases) do not."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -50,7 +38,7 @@ def adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     return optimizer
 
 
-def learning_rate(settings: Settings, updates: int, total: int) -> float:
+def learning_rate(settings: Optimizer, updates: int, total: int) -> float:
     """The rate of the update after `updates` ones: a linear rise over `warmup_steps`, then the schedule until
     `total`."""
     if updates < settings.warmup_steps:

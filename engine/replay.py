@@ -29,6 +29,7 @@ from engine.model import build
 from engine.placement import Seat, join_learners, rendezvous, seat
 from engine.policy import manifest_of
 from engine.run_directory import RunDirectory
+from engine.schedule import Schedule
 from engine.schema import Ack, Group, Published, Result, Trained
 from engine.scores import scheduled_shape
 from engine.weights.publish import write
@@ -47,7 +48,7 @@ class Replay:
         """(version, digest published, digest now) of every publish, in order."""
         for stretch in stretches:
             config = load_text(stretch.began.config)
-            method, shape = compose(config.algorithm), scheduled_shape(config)
+            method, schedule, shape = compose(config.algorithm), Schedule(config), scheduled_shape(config)
             learner = self._learner = self._continue(config, method)
             results: dict[tuple[int, int], Group] = {}
             for record in history(stretch):
@@ -59,7 +60,7 @@ class Replay:
                         self._groups[record.group_id] = group
                 elif isinstance(record, Trained):
                     groups = [self._groups.pop(group_id) for group_id in record.group_ids]
-                    learner.step(prepare(config, method, shape, groups, learner.version))
+                    learner.step(prepare(schedule, method, shape, groups, learner.version))
                 elif isinstance(record, Published):
                     yield record.version, record.digest, digest(learner, config)
 

@@ -3,7 +3,7 @@
 It is a nursery: it loads the rewards once and then forks a worker whenever the pool asks for one, so that one which
 hangs or dies is replaced in a millisecond. A worker reads tasks from a socket of its own and answers each completion
 as soon as it is judged. Rewards that wait, for a judge on the network say, share one wide worker, which has many
-tasks under way and says every second that it is not stuck.
+tasks under way and says ten times a second that it is not stuck.
 """
 
 import asyncio

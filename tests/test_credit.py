@@ -9,6 +9,7 @@ from engine.algorithms.method import Method, compose
 from engine.config import ConfigError
 from engine.credit import advantages
 from engine.learner_loop import prepare
+from engine.schedule import Schedule
 from engine.schema import Group
 from engine.scores import shape_by
 from rewards.verdict import Segment, Verdict
@@ -91,7 +92,7 @@ def test_what_the_judge_could_not_score_or_what_was_cut_off_has_no_advantage() -
     (values,) = advantages(method("process_delta"), RAW, [group])
     assert values.tolist() == [0, 0, 0, 0, 0, -0.5, 0.5]
     config = learning.configure("algorithm.advantage={ name = 'process_delta' }")
-    (update,) = prepare(config, method("process_delta"), RAW, [group], version=0)
+    (update,) = prepare(Schedule(config), method("process_delta"), RAW, [group], version=0)
     assert update.num_sequences == 2  # masked as a whole, not scored 0
 
 

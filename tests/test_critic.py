@@ -15,6 +15,7 @@ from engine.config import Config, ConfigError
 from engine.learner import Learner
 from engine.learner_loop import prepare
 from engine.optimizer import NonFinite
+from engine.schedule import Schedule
 from engine.schema import Group
 from engine.scores import shape_by
 from rewards.verdict import Verdict
@@ -29,7 +30,7 @@ def batch(scores: tuple[float, ...] = (1.0, 0.0, 0.0, 1.0)) -> list[Group]:
 
 def step(config: Config, learner: Learner, groups: list[Group] | None = None) -> dict[str, float]:
     method, shape = compose(config.algorithm), shape_by(config.algorithm)
-    return learner.step(prepare(config, method, shape, batch() if groups is None else groups, 0))
+    return learner.step(prepare(Schedule(config), method, shape, batch() if groups is None else groups, 0))
 
 
 def values(learner: Learner) -> dict[str, torch.Tensor]:
@@ -94,7 +95,8 @@ def test_a_checkpoint_holds_critic_and_optimiser(tmp_path: Path) -> None:
 def on_rank(rank: int, directory: Path, num_ranks: int) -> Any:
     config = learning.configure(*GAE, "critic.pretrain_steps=1")
     learner = learning.learner(config, directory)
-    updates = [prepare(config, compose(config.algorithm), shape_by(config.algorithm), batch(), 0) for _ in range(3)]
+    how = Schedule(config), compose(config.algorithm), shape_by(config.algorithm)
+    updates = [prepare(*how, batch(), 0) for _ in range(3)]
     figures = [learner.step(update) for update in updates]
     return values(learner), learning.parameters(learner), figures[-1]
 

@@ -18,6 +18,7 @@ from engine.model import build, describe
 from engine.placement import seat
 from engine.replay import digest, main, replay
 from engine.run_directory import RunDirectory
+from engine.schedule import Schedule
 from engine.schema import Ack, Began, Group, Published, Result, Saved, Trained, encode
 from engine.scores import shape_by
 from engine.stream import Tap, read_tap
@@ -106,7 +107,8 @@ class Trainer:
             self.record(Result(each))
             self.record(Ack("train", each.group_id, 1))
         config = self.config
-        self.learner.step(prepare(config, compose(config.algorithm), shape_by(config.algorithm), groups, version))
+        how = Schedule(config), compose(config.algorithm), shape_by(config.algorithm)
+        self.learner.step(prepare(*how, groups, version))
         self.record(Trained(version + 1, [each.group_id for each in groups], "trained"))
         self.publish()
 

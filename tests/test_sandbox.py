@@ -51,6 +51,13 @@ def run(box, source, limits=QUICK, strict=True):
     return end, said.strip(), errors.strip()
 
 
+def processes_of(sandbox):
+    """Names by process id of what starting it starts; other tests' sandboxes may still run."""
+    others = descendants()
+    sandbox.start()
+    return {process: name for process, name in descendants().items() if process not in others}
+
+
 def wait_until_gone(processes):
     deadline = time.monotonic() + 5
     while left := [process for process in processes if Path(f"/proc/{process}").exists()]:
@@ -95,11 +102,10 @@ def test_abort_and_signals_to_oneself_work(sandbox):
 
 
 def test_the_deadline_ends_the_whole_tree(sandbox):
-    sandbox.start()
-    before = set(descendants())
+    inside = processes_of(sandbox)
     end, _, _ = run(sandbox, "import time\ntime.sleep(60)", Limits(wall_s=0.2))
-    assert end.stopped == "time" and end.code is None
-    wait_until_gone(before)
+    assert len(inside) >= 3 and end.stopped == "time" and end.code is None
+    wait_until_gone(inside)
     assert run(sandbox, "print(1)")[1] == "1" and sandbox.num_starts == 2
 
 
@@ -111,8 +117,7 @@ def test_what_a_program_leaves_is_not_there_for_the_next(sandbox, left, starts):
 
 
 def test_a_sandbox_that_died_in_its_sleep_is_replaced(sandbox):
-    sandbox.start()
-    inside = [process for process, name in descendants().items() if name == "bwrap"]
+    inside = [process for process, name in processes_of(sandbox).items() if name == "bwrap"]
     os.kill(inside[-1], signal.SIGKILL)
     wait_until_gone(inside[-1:])
     assert run(sandbox, "print(1)")[1] == "1"

@@ -19,6 +19,7 @@ from engine.attention import Layout
 from engine.config import Config
 from engine.learner_loop import prepare
 from engine.model import hidden_states
+from engine.schedule import Schedule
 from engine.schema import Group
 from engine.scores import shape_by
 from rewards.verdict import Verdict
@@ -139,8 +140,9 @@ def advantages(reward: float, values: Tensor, lam: float) -> Tensor:
 def first_update(config: Config, directory: Path) -> dict[str, Tensor]:
     """The gradient of the policy's first update."""
     groups, learner = recorded(config, directory), learning.learner(config, directory)
+    how = Schedule(config), compose(config.algorithm), shape_by(config.algorithm)
     for _ in range(config.critic.pretrain_steps + 1):
-        updates = prepare(config, compose(config.algorithm), shape_by(config.algorithm), groups, learner.version)
+        updates = prepare(*how, groups, learner.version)
         learner.step(updates)
     return gradients(learner)
 
@@ -174,7 +176,7 @@ def test_the_critics_first_update_is_that_of_the_formulas(lambda_critic: float, 
     with torch.no_grad():  # a head of 0 sends no gradient to the backbone
         reference.score += 0.3
         learner.critic.load({**learner.critic.state(), "model": headed(learner.critic.state()["model"])})
-    learner.step(prepare(config, compose(config.algorithm), shape_by(config.algorithm), groups, 0))
+    learner.step(prepare(Schedule(config), compose(config.algorithm), shape_by(config.algorithm), groups, 0))
     state = learner.critic.state()["optimizer"]["state"]
     found = {name: moments["exp_avg"].squeeze(0) / 0.1 for name, moments in state.items()}
     reference.critic_loss(groups, lambda_critic).backward()
