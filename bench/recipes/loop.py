@@ -53,7 +53,7 @@ class Loop:
             self._past.append((version, {name: tensor.clone() for name, tensor in self._learner.weights()}))
             self._generator.load(*self._past[0])
             groups = self._sample(self._schedule.at(version))
-            report = self._learner.step(prepare(self._config, self._method, self._shape, groups, version))
+            report = self._learner.step(prepare(self._schedule, self._method, self._shape, groups, version))
             verdicts = [verdict for group in groups for verdict in group.verdicts]
             yield {
                 **report,
