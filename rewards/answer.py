@@ -28,10 +28,11 @@ def tagged(text: str, tag: str = "answer") -> str | None:
 def boxed(text: str) -> list[str]:
     """The contents of the last \\boxed{} and of those that only commas, "and" or "or" part from it, in their order."""
     found: list[tuple[int, int, str]] = []
+    closings = _closings(text)
     for start in re.finditer(r"\\f?boxed\s*\{", text):
         if found and start.start() < found[-1][1]:
             continue  # a box within a box
-        if (end := _closing(text, start.end())) is not None:
+        if (end := closings.get(start.end() - 1)) is not None:
             found.append((start.start(), end + 1, text[start.end() : end].strip()))
     kept = found[-1:]
     for before in reversed(found[:-1]):
@@ -41,14 +42,16 @@ def boxed(text: str) -> list[str]:
     return [content for _, _, content in kept]
 
 
-def _closing(text: str, start: int) -> int | None:
-    """The place of the brace that closes the one before `start`; None where there is none."""
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return start + brace.start()
-    return None
+def _closings(text: str) -> dict[int, int]:
+    """The places of the braces that are closed, and of those that close them; in time linear in a hostile text."""
+    opened: list[int] = []
+    closings = {}
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            closings[opened.pop()] = brace.start()
+    return closings
 
 
 def announced(text: str) -> str | None:

@@ -7,17 +7,19 @@ from itertools import accumulate
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from sympy import Rational
 
 from rewards.answer import after_thinking, announced, boxed
-from rewards.units import common_unit
+from rewards.choice import chosen, is_choice
+from rewards.notation import base, bracket, far, relation, rewritten, words
+from rewards.units import Quantity, quantity
 from rewards.verdict import Verdict, brief
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
 
 LONGEST, DEEPEST = 1000, 20  # characters and nested brackets of an answer; parsing more takes time beyond any use
-CHOICE = re.compile(r"\(?([A-J])\)?")
-CHOSEN = re.compile(r"\s*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*[(\[*]*([A-Ja-j])(?![A-Za-z0-9^_+*/=({])")
 SPOKEN = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+|(?:arc)?(?:sin|cos|tan)h?|log|exp|sqrt|frac")
+NUMBER = re.compile(r"[\s$+-]*(?:\\(?:d?frac|sqrt|cdot|times|pi|\$)|[\s$\d.,/{}^])+")
 WORD = re.compile(r"[A-Za-z]{3}")  # what is left of prose
 GRAMMARS = (LatexExtractionConfig(), ExprExtractionConfig())
 
@@ -38,13 +40,11 @@ def equals(
     text = after_thinking(prompt, completion)
     given = find(text, boxed_only) if text is not None else None
     evidence = {"parsed": brief(given if given is not None else ""), "expected": brief(answer)}
-    letter = CHOICE.fullmatch(answer.strip()) if choices else None
-    if letter:
-        chosen = CHOSEN.match(given) if given is not None else None
-        solved = chosen is not None and chosen[1].upper() == letter[1]
+    if choices and is_choice(answer):
+        solved = given is not None and chosen(given) == answer.strip(" ()")
     else:
         gold = read_gold(answer)
-        solved = given is not None and sane(given) and same(gold, answer, given)
+        solved = given is not None and sane(given) and same(gold, rewritten(given))
     return Verdict(float(solved), solved, evidence=evidence)
 
 
@@ -67,28 +67,45 @@ def sane(text: str) -> bool:
     return short and min(braces) == braces[-1] == 0
 
 
-def same(gold: list[Any], answer: str, given: str) -> bool:
-    """Whether the text `given` equals `gold`, which is `answer` parsed."""
-    read = read_latex(given)
-    if (scales := common_unit(answer, given)) is not None:
-        return bool(scales) and verify(_scaled(gold, scales[0]), _scaled(read, scales[1]), timeout_seconds=0)
-    return bool(verify(gold, read, timeout_seconds=0))
+def same(gold: str, given: str) -> bool:
+    """Whether two answers, of which `gold` can be read, are equal."""
+    (expected_relation, gold), (given_relation, given) = relation(gold), relation(given)
+    if expected_relation != given_relation or {bracket(gold), bracket(given)} == {"set", "tuple"} or far(gold, given):
+        return False
+    if base(gold) and base(given) and base(gold) != base(given):
+        return False
+    (expected_words, is_text), (given_words, given_is_text) = words(gold), words(given)
+    if expected_words and given_words and (expected_words == given_words or is_text or given_is_text):
+        return expected_words == given_words
+    ours, theirs = quantity(given), quantity(gold)
+    if ours and theirs:
+        if ours.dimension != theirs.dimension:
+            return False
+        return equal(_scaled(theirs), _scaled(ours))
+    return equal(read_latex(gold), read_latex(ours.value if ours and NUMBER.fullmatch(ours.value) else given))
 
 
-def _scaled(values: list[Any], scale: Any) -> list[Any]:
-    return [value * scale for value in values if not isinstance(value, str)]
+def equal(gold: list[Any], given: list[Any]) -> bool:
+    return bool(verify(gold, given, allow_set_relation_comp=True, timeout_seconds=0))
+
+
+def _scaled(each: Quantity) -> list[Any]:
+    """The values in base units."""
+    scale = Rational(each.scale.numerator, each.scale.denominator)
+    return [value * scale for value in read_latex(each.value) if not isinstance(value, str)]
 
 
 @lru_cache(maxsize=256)
-def read_gold(answer: str) -> list[Any]:
-    """`answer` parsed; the completions of a group share it."""
+def read_gold(answer: str) -> str:
+    """The text of the answer in `answer`; the completions of a group share it."""
     boxes = boxed(answer)
-    text = boxes[0] if boxes else announced(answer) or answer
-    if parsed := read_latex(text):
-        return parsed
+    text = rewritten(boxes[0] if boxes else announced(answer) or answer)
+    if read_latex(text):
+        return text
     raise ValueError(f"the answer {answer!r} is no mathematics that math-verify can read")
 
 
+@lru_cache(maxsize=64)
 def read_latex(text: str) -> list[Any]:
     """What math-verify reads in `text`: as LaTeX where it is a formula, also without its dollars; or else the last
     number or expression."""

@@ -1,10 +1,9 @@
 """Units of measurement at the end of an answer."""
 
 import re
+from collections import Counter
 from fractions import Fraction
-from typing import Any
-
-from sympy import Rational
+from typing import NamedTuple
 
 # Base unit -> every name of its multiples, with how many of the base unit each is.
 MULTIPLES = {
@@ -31,33 +30,39 @@ SCALES = {
     for names, scale in multiples.items()
     for name in names.split()
 }
-UNIT = re.compile(
-    r"(?:\\(?:text|mathrm|operatorname|mbox|textrm)\s*\{[\s~]*([A-Za-z]+)\.?\s*\}"
-    r"|(?<=[\d}\s~])[\s~]*(?<![A-Za-z\\])([A-Za-z]+)\.?)"
-    r"(?:\s*\^\s*\{?([23])\}?)?[\s$.]*$"
-)
+COMPOUND = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h"}
+
+MARKUP = re.compile(r"\\(?:text|mathrm|operatorname|mbox|textrm)\s*\{([^{}]*)\}|\\[,;: ]|~")
+FACTOR = r"[A-Za-z]+\.?(?:\s*\^\s*\{?-?[1-9]\}?)?"
+UNIT = re.compile(rf"(?<=[\d}})\s])\s*(?<![A-Za-z\\])({FACTOR}(?:\s*(?:/|\bper\b|\*|\\cdot)\s*{FACTOR})*)[\s$.]*\Z")
+PART = re.compile(r"(/|\bper\b)?[\s*]*(?:\\cdot\s*)?(?!per\b)([A-Za-z]+)\.?(?:\s*\^\s*\{?(-?[1-9])\}?)?")
 
 
-def common_unit(first: str, second: str) -> tuple[Any, ...] | None:
-    """How many of their base unit the units at the ends of two answers are; None where one has no known unit, and an
-    empty tuple where no conversion exists (metres and seconds)."""
-    units = [unit for text in (first, second) if (unit := _unit(text)) is not None]
-    if len(units) < 2:
-        return None
-    (one, base), (other, other_base) = (_base(*unit) for unit in units)
-    return (one, other) if base == other_base else ()
+class Quantity(NamedTuple):
+    """A value as it is written, and its unit: so many (`scale`) of a product of powers of base units."""
+
+    value: str
+    scale: Fraction
+    dimension: dict[str, int]
 
 
-def _unit(text: str) -> tuple[str, int] | None:
-    found = UNIT.search(text.strip())
-    if found is None:
-        return None
-    word = found[1] or found[2]
-    known = next((name for name in (word, word.lower(), word.lower().removesuffix("s")) if name in SCALES), None)
-    return (known, int(found[3] or 1)) if known else None
+def quantity(text: str) -> Quantity | None:
+    """`text` taken apart; None where no known unit stands at its end."""
+    text = MARKUP.sub(lambda found: f" {found[1] or ''}", text)
+    found = UNIT.search(text)
+    unit = _unit(COMPOUND.get(found[1], found[1])) if found else None
+    return Quantity(text[: found.start()], *unit) if found and unit else None
 
 
-def _base(name: str, power: int) -> tuple[Any, tuple[str, int]]:
-    scale, base = SCALES[name]
-    scale **= power
-    return Rational(scale.numerator, scale.denominator), (base, power)
+def _unit(text: str) -> tuple[Fraction, dict[str, int]] | None:
+    """Scale and dimension of "km/h" or "kg m^2": None where a name is unknown."""
+    scale, dimension = Fraction(1), Counter()
+    for divides, name, power in PART.findall(text):
+        known = next((each for each in (name, name.lower(), name.lower().removesuffix("s")) if each in SCALES), None)
+        if known is None:
+            return None
+        exponent = int(power or 1) * (-1 if divides else 1)
+        multiple, base = SCALES[known]
+        scale *= multiple**exponent
+        dimension[base] += exponent
+    return scale, {base: exponent for base, exponent in dimension.items() if exponent}

@@ -86,6 +86,30 @@ EQUAL = [
     ("B", "B"),
     ("B", r"\text{(B)}"),
     ("(C)", "C. because"),
+    ("B", r"\textbf{(B)}\ 12"),
+    ("B", "option B"),
+    (r"0.\overline{3}", r"\frac{1}{3}"),
+    (r"\frac16", r"0.1\overline{6}"),
+    ("1000", "1e3"),
+    ("3/2", "1 1/2"),
+    ("1234", r"1\,234"),
+    (r"\emptyset", r"\varnothing"),
+    ("1, 2", "1 and 2"),
+    ("1, 2", r"1 \text{ or } 2"),
+    (r"[0,\infty)", r"x \ge 0"),
+    ("(0,1)", "0<x<1"),
+    (r"\{(1,2),(3,4)\}", "(3,4),(1,2)"),
+    ("5", r"\text{The answer is }5"),
+    ("6", r"6\text{ where }x=5"),
+    ("5", r"5.\\"),
+    (r"\leq 5", "≤ 5"),
+    (r"\frac12", "½"),
+    (r"x^2+\sqrt{2}", "x²+√2"),
+    ("True", r"\text{true}"),
+    (r"36\text{ km/h}", "10 m/s"),
+    ("60 mph", "60 miles per hour"),
+    (r"10\text{ m/s}^2", r"1000\,\mathrm{cm/s^2}"),
+    ("5", "5 m/s"),
 ]
 DIFFERENT = [
     (r"\frac{1}{2}", "0.51"),
@@ -101,6 +125,29 @@ DIFFERENT = [
     ("x+1", "x-1"),
     ("B", "C"),
     ("B", "Box"),
+    ("A", "A, B"),
+    ("A", r"\text{A and B}"),
+    ("B", r"\text{(A)}, \text{(B)}"),
+    ("A", "A^2"),
+    ("A", "not A"),
+    ("5", "not 5"),
+    ("5", r"\le 5"),
+    ("5", "x \\ne 5"),
+    ("> 5", "< 5"),
+    ("(1,2)", r"\{1,2\}"),
+    (r"\{1,2\}", "(1,2)"),
+    ("(1,2)", "(2,1)"),
+    (r"[0,\infty)", "x > 0"),
+    ("5", r"6\text{ where }x=5"),
+    ("6", r"5 \text{ or } 6"),
+    (r"0.\overline{3}", "0.3"),
+    ("101_2", "101_3"),
+    ("0.0000001", "0.0000002"),
+    ("123456789012345678", "123456789012345679"),
+    (r"\text{east}", "eats"),
+    (r"10\text{ m/s}", "10 km/h"),
+    (r"5\text{ m/s}", "5 m"),
+    ("60 mph", "60 km/h"),
     ("1", ""),
     ("1", r"\{\{\{"),
 ]
@@ -121,9 +168,29 @@ def test_several_boxes_are_one_set():
     assert not solved(r"\boxed{3} or \boxed{4}", "4")
 
 
-@pytest.mark.parametrize("line", ["The answer is (B).", "Answer: **B**", "Final answer: B) twelve", "#### B"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "The answer is (B).",
+        "Answer: **B**",
+        "Final answer: B) twelve",
+        "#### B",
+        "**B**",
+        "Answer: b",
+        "The answer is B because A is too small",
+        "A is wrong. So the correct option is B",
+        "Option A is wrong, so I take choice (B).",
+    ],
+)
 def test_a_choice_is_a_letter(line):
     assert solved(line, "B") and not solved(line, "A")
+
+
+@pytest.mark.parametrize(
+    "line", ["The answer is a prime number.", "A nice day", "The answer is A or B", "Answer: A B C D", "ABCD"]
+)
+def test_an_article_and_a_list_are_no_choice(line):
+    assert not any(solved(line, letter) for letter in "ABCD")
 
 
 def test_a_letter_is_no_choice_where_choices_are_off():
@@ -143,6 +210,15 @@ def test_evidence_says_what_was_read():
 def test_what_is_endless_or_torn_is_not_parsed():
     assert sane(r"\frac{1}{2}") and sane("[1,2)") and sane("(" * 20 + "x") and sane("x" * 1000)
     assert not any(map(sane, ["(" * 21 + "x", "x" * 1001, "{", "}", "}{", "{{}"]))
+
+
+@pytest.mark.parametrize(
+    "text", [r"\boxed{" * 20_000, "answer is" + " " * 100_000, "A" + " $" * 50_000, " " * 1000 + "x", r"\text{ " * 140]
+)
+def test_answers_are_found_in_hostile_text_in_no_time(text):
+    begin = time.process_time()
+    assert not solved(text, "5") and not solved(text, "B")
+    assert time.process_time() - begin < 1.0
 
 
 # ---- what a model may write ------------------------------------------------------------------------------------
@@ -179,7 +255,7 @@ def adversarial(count: int) -> list[str]:
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_expression_hangs_or_goes_unanswered(count):
     """Each gets a verdict within its deadline, and none of them counts as right."""
-    pool = Pool({"math": ("math", {})}, 2, Limits(reward_s=1.0))
+    pool = Pool({"math": ("math", {})}, 2, Limits(reward_s=0.4))
     texts = adversarial(count)
     for key, text in enumerate(texts):
         answer = [r"\frac{12345}{6789}", "x^{3}+1.5", r"\{1,5\}"][key % 3]
@@ -191,4 +267,4 @@ def test_no_expression_hangs_or_goes_unanswered(count):
     assert len(found) == count
     assert not [texts[key] for key, verdicts in found.items() if any(each.solved for each in verdicts)]
     errors = Counter(each.error for verdicts in found.values() for each in verdicts)
-    assert set(errors) <= {"", "no word within 1 s (signal 9)"} and errors[""] > count / 4, errors
+    assert set(errors) <= {"", "no word within 0.4 s (signal 9)"} and errors[""] > count / 4, errors
