@@ -32,6 +32,7 @@ NUM_COMPLETIONS, GROUP_SIZE, NUM_WORKERS = 20_000, 8, 2
 AHEAD = 4  # groups at the scorer at once
 SAMPLES = 40  # of memory
 MALICIOUS = 0.05
+END_S = 5.0  # between the last verdict and the end of the last process
 TESTS = {"inputs": ["1 2\n", "30 4\n"], "outputs": ["3\n", "34\n"]}
 RIGHT = "print(sum(map(int, input().split())))"
 
@@ -57,7 +58,7 @@ def behave(prompt: str, completion: str, answer: str, **fields: Any) -> float:
 
 
 def configuration() -> configs.Config:
-    options = {"time_s": 0.6, "total_s": 3.0, "memory_mib": 256}
+    options = {"time_s": 0.3, "total_s": 2.0, "memory_mib": 256}
     code = {"name": "code", "source": "file", "path": "x", "reward": "code", "reward_options": options}
     return configs.parse({
         "run": {"name": "soak", "steps": 1, "groups_per_step": 1, "group_size": GROUP_SIZE},
@@ -65,7 +66,7 @@ def configuration() -> configs.Config:
         "domains": [code, {"name": "reward", "source": "file", "path": "x", "reward": "bench.soak:behave"}],
         "generator": {"max_new_tokens": 4, "reward_workers": NUM_WORKERS},
         "learner": {"tokens_per_micro_batch": 1000, "lr": 1e-3},
-        "deadlines": {"reward_s": 5.0},
+        "deadlines": {"reward_s": 2.5},
     })  # fmt: skip
 
 
@@ -87,6 +88,14 @@ def memory_mib() -> float:
             continue
         total += int(text.partition("Pss:")[2].split()[0])
     return total / 1024
+
+
+def survivors() -> list[str]:
+    """Names of the processes that still run when all have had time to end."""
+    deadline = time.monotonic() + END_S
+    while (left := descendants()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return list(left.values())
 
 
 def verdict_of(verdict: Verdict) -> str:
@@ -115,9 +124,13 @@ class Soak:
                 self._check(self._groups.pop(key), verdicts)  # type: ignore[arg-type]
                 done += 1
                 if done % max(1, self.num_groups // SAMPLES) == 0:
-                    self.memory.append(memory_mib())
+                    self._sample(done)
         self.counts["restarts of a worker"] = self._scorer.pool.num_restarts
         self._scorer.close()
+
+    def _sample(self, done: int) -> None:
+        self.memory.append(memory_mib())
+        print(f"{done * GROUP_SIZE:,} completions, {self.memory[-1]:,.0f} MiB", flush=True)
 
     def _submit(self, number: int) -> None:
         group = self._groups[number] = draw(self._randomness)
@@ -141,18 +154,17 @@ def main() -> None:
     begin = time.perf_counter()
     soak.run()
     taken_s = time.perf_counter() - begin
-    left = descendants()
+    left = survivors()
     given = sum(soak.counts[verdict] for verdict in ("solved", "unsolved", "error"))
     quarter = len(soak.memory) // 4
     early, late = median(soak.memory[quarter : 2 * quarter]), median(soak.memory[-quarter:])
     rows = [
         results.row("verdicts as deserved", "completions", [given], [num_completions], "completions given", 1.0),
         results.row("memory, MiB", "second quarter / last", [early], [late], "last quarter", 0.95),
+        results.row("processes left", "1 / (1 + their number)", [1.0], [1.0 + len(left)], "none left", 1.0),
         results.row("speed", "completions/s", [given / taken_s], [1.0], "", None),
     ]
-    results.keep(
-        "soak", "cpu", rows, counts=dict(soak.counts), memory_mib=soak.memory, processes_left=list(left.values())
-    )
+    results.keep("soak", "cpu", rows, counts=dict(soak.counts), memory_mib=soak.memory, processes_left=left)
 
 
 if __name__ == "__main__":

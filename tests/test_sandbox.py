@@ -109,11 +109,24 @@ def test_the_deadline_ends_the_whole_tree(sandbox):
     assert run(sandbox, "print(1)")[1] == "1" and sandbox.num_starts == 2
 
 
-@pytest.mark.parametrize(("left", "starts"), [("open('/tmp/x', 'w')", 1), ("import os\nos.makedirs('/tmp/x/y')", 2)])
-def test_what_a_program_leaves_is_not_there_for_the_next(sandbox, left, starts):
-    assert run(sandbox, left)[0].code == 0
+# Programs that leave things behind, and whether that costs the sandbox.
+LEAVING = {
+    "a file": ("open('/tmp/x', 'w')", False),
+    "folders that nobody may enter": ("os.makedirs('/tmp/x/y')\nos.chmod('x/y', 0)\nos.chmod('x', 0)", False),
+    "links to folders": ("os.symlink('/usr', 'x')\nos.mkdir('y')\nos.symlink('/tmp', 'y/z')", False),
+    "a deep folder": ("for _ in range(90):\n    os.mkdir('x')\n    os.chdir('x')", False),
+    "a folder too deep": ("for _ in range(150):\n    os.mkdir('x')\n    os.chdir('x')", True),
+    "many files": ("for number in range(150):\n    open(f'/tmp/{number}', 'w').close()", True),
+    "many files in a folder": ("os.mkdir('x')\nfor number in range(150):\n    os.mkdir(f'x/{number}')", True),
+}
+
+
+@pytest.mark.parametrize("left", LEAVING)
+def test_what_a_program_leaves_is_not_there_for_the_next(sandbox, left):
+    source, restarts = LEAVING[left]
+    assert run(sandbox, f"import os\n{source}")[0].code == 0
     end, said, _ = run(sandbox, "import os\nprint(os.listdir('/tmp'))")
-    assert said == "['stdin']" and sandbox.num_starts == starts
+    assert said == "['stdin']" and sandbox.num_starts == 1 + restarts
 
 
 def test_a_sandbox_that_died_in_its_sleep_is_replaced(sandbox):
@@ -198,3 +211,9 @@ def test_an_ordinary_users_sandbox_contains_attacks_too(ordinary, attack, tmp_pa
     end, said, errors = run(ordinary, program)
     assert "pwned" not in said, (end, errors)
     assert run(ordinary, "import os\nprint(*os.getresuid())")[1] == "1000 1000 1000"
+
+
+def test_a_program_cannot_close_the_folder_of_the_next(ordinary):
+    """There /tmp is the programs' own."""
+    assert run(ordinary, "import os\nos.unlink('/tmp/stdin')\nos.chmod('/tmp', 0o555)")[0].code == 0
+    assert run(ordinary, "open('/tmp/x', 'w')\nprint(1)")[1] == "1"

@@ -28,6 +28,7 @@ import re
 import resource
 import signal
 import socket
+import stat
 import string
 import struct
 import sys
@@ -46,7 +47,8 @@ PROGRAM, CALLS, RESULTS = 3, 4, 5  # descriptors of a child, after its standard 
 NUM_FILES = 6
 ASIDE = 64  # descriptors from here on are free
 MOST_TYPED = 32 << 20  # bytes of input that fit into /tmp
-MOST_LEFT = 100  # files
+MOST_LEFT = 100  # files and folders
+SHARED = 0o1777  # mode of /tmp
 LONGEST_REPLY = 1 << 26
 LOST = 3  # exit code of a check that could not ask its candidate
 UNASKED = 4  # exit code of a check that never did
@@ -116,13 +118,36 @@ def report(child: int, job: Job, files: list[int]) -> dict[str, Any]:
 
 
 def tidy() -> bool:
-    """Removes the files that a program left. Folders and great numbers go with the sandbox: OSError, or False."""
-    names = os.listdir()
-    if len(names) > MOST_LEFT:
-        return False
-    for name in names:
-        os.unlink(name)
-    return True
+    """Removes what a program left. What is much or resists goes with the sandbox: OSError, or False."""
+    if stat.S_IMODE(os.stat(".").st_mode) != SHARED:
+        return False  # its owner made it a place where the next program could not write
+    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return empty(folder, MOST_LEFT) >= 0
+    finally:
+        os.close(folder)
+
+
+def empty(folder: int, most: int) -> int:
+    """Empties an open folder of at most `most` things and says how many more would have been removed; negative where
+    there were more. Links are removed and never followed."""
+    with os.scandir(folder) as entries:
+        found = list(itertools.islice(entries, most + 1))
+    most -= len(found)
+    for entry in found if most >= 0 else ():
+        if not entry.is_dir(follow_symlinks=False):
+            os.unlink(entry.name, dir_fd=folder)
+            continue
+        os.chmod(entry.name, 0o700, dir_fd=folder)
+        below = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            most = empty(below, most)
+        finally:
+            os.close(below)
+        if most < 0:
+            break
+        os.rmdir(entry.name, dir_fd=folder)
+    return most
 
 
 def copy_file(source: int | str, target: int | str) -> None:
