@@ -74,6 +74,8 @@ class Actor:
             memory=self._generator.memory,
             key=key,
         )
+        if self._generator.manifest is not None:
+            self._generator.manifest.require(self._weights.manifest)
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
         self._staging: Future[tuple[Staged, float]] | None = None
         self._wanted = -1  # the newest published version
@@ -314,7 +316,7 @@ def main() -> int:
         return 1
     try:
         actor = Actor(config, welcome, link, arguments.name, key)
-    except (ConfigError, ProcessDied) as error:
+    except (ConfigError, ProcessDied, WeightsError) as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 1
     print(f"{arguments.name}: joined {arguments.join}, incarnation {welcome.incarnation}", flush=True)

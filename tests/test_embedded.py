@@ -13,6 +13,7 @@ from engine.generators.embedded import Embedded, from_files
 from engine.model import build, describe, hidden_states, lm_head, widen_head
 from engine.policy import manifest_of, named_tensors
 from engine.schema import Lease, Prompt, Sampling
+from engine.weights import Manifest, WeightsError
 
 CONTEXT, EOS = 48, 1
 SHAPES = {
@@ -109,6 +110,43 @@ def test_recomputed_cache_makes_every_token_that_of_its_stamped_version() -> Non
             np.testing.assert_allclose(logprobs, expected, atol=1e-4)
             assert np.all(np.diff(versions) >= 0)
             assert versions[0] == 1 or (versions[4] == 0 and versions[5] == 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_load_takes_the_tensors_themselves(shape: str) -> None:
+    engine, given = start(shape), weights(make_model(shape, seed=1))
+    engine.load(1, given)
+    own = engine._model.state_dict()
+    assert all(own[name].data_ptr() == tensor.data_ptr() for name, tensor in given.items())
+    if shape == "qwen3":  # tied: the head follows
+        assert own["lm_head.weight"].data_ptr() == given["model.embed_tokens.weight"].data_ptr()
+    assert engine.memory(64).data_ptr() != engine.memory(64).data_ptr()  # so none is staged in while it is sampled with
+
+
+def test_weights_of_another_model_are_refused_and_nothing_is_loaded() -> None:
+    engine, old = start(), make_model()
+    given = weights(make_model(seed=1))
+    first, *_, last = given
+    transposed = {**given, last: given[last][None]}
+    for wrong, name in (
+        ({**given, "extra": torch.zeros(1)}, "extra"),
+        ({n: t for n, t in given.items() if n != first}, first),
+        (transposed, last),
+    ):
+        with pytest.raises(ValueError, match=f"version 1: {name} is not in both"):
+            engine.load(1, wrong)
+    engine.submit(lease(0))
+    sampled = drain(engine)[0]
+    assert set(sampled.versions) == {0}
+    for sample, logprobs in enumerate(split(sampled, sampled.logprobs)):
+        np.testing.assert_allclose(logprobs, recomputed(old, sampled, sample), atol=1e-4)
+
+
+def test_a_generator_knows_the_manifest_of_its_versions() -> None:
+    engine = start()
+    engine.manifest.require(Manifest.of(named_tensors(make_model()), torch.float32))
+    with pytest.raises(WeightsError, match="tensor 0 is model.embed_tokens.weight bfloat16"):
+        engine.manifest.require(Manifest.of(named_tensors(make_model()), torch.bfloat16))
 
 
 def test_kept_cache_is_flagged_and_tokens_before_the_load_are_the_old_versions() -> None:

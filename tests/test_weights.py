@@ -154,6 +154,25 @@ def test_a_staged_copy_is_private_until_the_next(publisher: Publisher, subscribe
     assert values(subscriber.stage(0, 3).tensors) == {3.0}
 
 
+def test_two_memories_are_staged_in_by_turns(publisher: Publisher, subscriber: Subscriber) -> None:
+    staged = []
+    for version in (1, 2):
+        publisher.publish(0, version, tensors(version))
+        staged.append(subscriber.stage(0, version))
+    assert [values(each.tensors) for each in staged] == [{1.0}, {2.0}]
+    publisher.publish(0, 3, tensors(3))
+    subscriber.stage(0, 3)
+    assert [values(each.tensors) for each in staged] == [{3.0}, {2.0}]
+
+
+def test_one_memory_is_staged_in_every_time(publisher: Publisher) -> None:
+    memory = torch.empty(MANIFEST.num_bytes, dtype=torch.uint8)
+    with closing(Subscriber(SharedSource(publisher.name), lambda num_bytes: memory)) as subscriber:
+        for version in (1, 2):
+            publisher.publish(0, version, tensors(version))
+            assert values(subscriber.stage(0, version).tensors) == values(MANIFEST.views(memory)) == {float(version)}
+
+
 class Disturbed:
     """A source that calls `disturb` after the first piece of each read."""
 

@@ -104,7 +104,7 @@ def test_a_base_damaged_in_memory_is_noticed_and_read_again(publisher: Publisher
     subscriber.stage(0, 0)
     new = moved(old, 0.01, 1)
     publisher.publish(0, 1, new.items())
-    subscriber._total += 1  # as though the payload were another one
+    subscriber._copies[-1].total += 1  # as though the payload were another one
     staged = subscriber.stage(0, 1)
     assert staged.num_bytes == MANIFEST.num_bytes and same(staged.tensors, new)
 

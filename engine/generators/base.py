@@ -11,6 +11,8 @@ from engine.schema import Finish, Kind, Lease
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from engine.weights import Manifest
+
 
 class Sampled(msgspec.Struct, frozen=True):
     """A lease's completions, flat one after the other; `lengths[i]` tokens belong to sample i; T = sum(lengths).
@@ -30,6 +32,7 @@ class Sampled(msgspec.Struct, frozen=True):
 
 class Generator(Protocol):
     version: int  # the newest applied; -1 before the first load
+    manifest: "Manifest | None"  # of the versions that it can load; None: it finds out at the first load
 
     def submit(self, lease: Lease) -> None:
         """Queues a lease. Raises `ConfigError` for a prompt that leaves no room in the context."""
@@ -44,11 +47,15 @@ class Generator(Protocol):
         ...
 
     def memory(self, num_bytes: int) -> "Tensor":
-        """uint8 [num_bytes] on the host, in which the next version is staged while sampling goes on."""
+        """uint8 [num_bytes] on the host, in which the next version is staged while sampling goes on. Asked for twice:
+        two that differ are staged in by turns, so that `load` may keep what it is given; else it copies."""
         ...
 
     def load(self, version: int, weights: Mapping[str, "Tensor"]) -> None:
-        """Samples with `weights`, views of `memory`, from the next token on; running requests go on."""
+        """Samples with `weights`, views of `memory`, from the next token on; running requests go on.
+
+        All or nothing: where it raises, either the old version is whole or the generator is of no more use.
+        """
         ...
 
     def cancel(self, kind: Kind, group_id: int) -> None:

@@ -24,9 +24,11 @@ from engine.generators.base import Sampled, stop_ids
 from engine.generators.kv_cache import KVCache, Step
 from engine.generators.sampling import draw, stream_key, uniform
 from engine.model import from_description, hidden_states, lm_head, widen_head
+from engine.policy import named_tensors
 from engine.schedule import Schedule
 from engine.schema import Finish, Kind, Lease
 from engine.tokenizer import decode
+from engine.weights import Manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,6 +106,7 @@ class Embedded:
         self.version = -1
         self.generated_tokens = 0
         self._model, self._head = model.eval(), lm_head(model)
+        self.manifest = Manifest.lay_out((name, tensor.shape, tensor.dtype) for name, tensor in named_tensors(model))
         self._num_slots, self._context, self._recompute = config.slots, context, config.kv == "recompute"
         self._stop_ids, self._text = np.array(sorted(set(stop_ids))), text
         *_, last_norm = model.base_model.parameters()  # of the dtype that the layers compute in, as the head may not be
@@ -112,6 +115,7 @@ class Embedded:
         self._slots = Slots(config.slots, context)
         self._num_running = 0
         self._waiting: deque[Request] = deque()
+        self._memory: Tensor | None = None
 
     # ---- protocol ----
 
@@ -149,19 +153,26 @@ class Embedded:
         pass
 
     def memory(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        """uint8 [num_bytes] on the host; the same at every call on a GPU, where `load` copies."""
+        if self._memory is None or self._cache.entries.is_cpu:
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory
 
     @torch.inference_mode()
     def load(self, version: int, weights: Mapping[str, Tensor]) -> None:
-        """Copies `weights` in, all or none. Raises `ValueError` for a name that is unknown or missing."""
-        state = self._model.state_dict()
-        given = {state[name].data_ptr() for name in weights if name in state}
-        wrong = [name for name in weights if name not in state]
-        wrong += [name for name, tensor in state.items() if tensor.data_ptr() not in given]
+        """Samples with `weights` from the next token on, all or none. On the CPU these are the model's from now on,
+        the caller's no more until the next load; on a GPU they are copied.
+
+        Raises `ValueError` for a name that is unknown or missing, or a tensor of another shape.
+        """
+        own = self._model.state_dict(keep_vars=True)
+        given = {id(own[name]) for name in weights if name in own}
+        wrong = [name for name in weights if name not in own or own[name].shape != weights[name].shape]
+        wrong += [name for name, tensor in own.items() if id(tensor) not in given]
         if wrong:
             raise ValueError(f"weights of version {version}: {wrong[0]} is not in both the model and the weights")
         for name, tensor in weights.items():
-            state[name].copy_(tensor)
+            replace(own[name], tensor)
         self.version = version
         for request in self._waiting:
             request.logits = None
@@ -358,6 +369,14 @@ class Embedded:
 
     def _unless(self, array: np.ndarray, neutral: float) -> Tensor | None:
         return None if (array == neutral).all() else self._tensor(array)
+
+
+def replace(parameter: Tensor, tensor: Tensor) -> None:
+    """Makes `tensor` the parameter's memory where it is of its kind, else copies it there."""
+    if (tensor.device, tensor.dtype) == (parameter.device, parameter.dtype):
+        parameter.data = tensor
+    else:
+        parameter.copy_(tensor)
 
 
 def from_files(config: Config, files: dict[str, bytes], tokenizer: "PreTrainedTokenizerBase") -> Embedded:

@@ -93,6 +93,7 @@ class SGLang:
         """`server` has just been started; without one, the server at `generator.sglang.url` is joined. Waits until it
         answers. Raises `ProcessDied` or `ConfigError`."""
         self.version = -1
+        self.manifest = None  # the server's model is not ours to see
         self.generated_tokens = 0
         self._config, self._server, self._stop_ids, self._text = config, server, stop_ids, text
         self._recompute = config.generator.kv == "recompute"

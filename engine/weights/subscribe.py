@@ -40,7 +40,8 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Staged:
-    """A whole version, the caller's until the next call of `stage` writes over it."""
+    """A whole version, the caller's until a later call of `stage` writes over it: the next one where the subscriber
+    has memory for one version, the one after that where it has for two."""
 
     incarnation: int
     version: int
@@ -84,17 +85,31 @@ class SharedSource:
         self._segment.close()
 
 
+class Copy:
+    """A version in memory of ours."""
+
+    def __init__(self, payload: torch.Tensor):
+        self.payload = payload
+        self.total = 0  # the sum over the payload
+        self.digest: int | None = None  # none while it is not whole
+
+    def become(self, other: "Copy") -> None:
+        """The same version as `other`."""
+        if other is not self:
+            self.payload.copy_(other.payload)
+            self.total = other.total
+
+
 class Subscriber:
-    """Stages versions from `source` in memory of the host that `memory` gives for a number of bytes. What it holds is
-    the base of the next delta; where that is over another base, or not there, the whole version is read. One call at a
-    time; it may come from any thread."""
+    """Stages versions from `source` in memory of the host, which `memory` gives for a number of bytes and is asked for
+    twice. The version staged last is the base of the next delta; where that is over another base, or not there, the
+    whole version is read. One call at a time; it may come from any thread."""
 
     def __init__(self, source: Source, memory: Memory = fresh):
         self.manifest = source.manifest
         self._source = source
-        self._payload = memory(self.manifest.num_bytes)
-        self._total = 0  # the sum over the payload
-        self._digest: int | None = None  # of the whole version in the payload; none while there is none
+        given = {payload.data_ptr(): payload for payload in (memory(self.manifest.num_bytes) for _ in range(2))}
+        self._copies = [Copy(payload) for payload in given.values()]  # the newest is the last
 
     def stage(self, incarnation: int, version: int) -> Staged:
         """(incarnation, version) if it is still there, else the newest, which is then newer.
@@ -120,31 +135,35 @@ class Subscriber:
         return next((header for header in headers if header.age == asked), headers[0] if headers else None)
 
     def _copy(self, header: Header) -> Staged | None:
-        """The slot's version in our memory; none if it was overwritten meanwhile or its digest differs."""
-        by_delta = header.delta_bytes > 0 and header.base == self._digest
-        self._digest = None
+        """The slot's version in the memory of our oldest; none if it was overwritten meanwhile or it is damaged."""
+        newest, copy = self._copies[-1], self._copies[0]
+        by_delta = header.delta_bytes > 0 and header.base == newest.digest
+        copy.digest = None
         try:
-            num_bytes = self._apply(header) if by_delta else self._read(header)
+            num_bytes = self._apply(header, newest, copy) if by_delta else self._read(header, copy)
         except Overwritten:
             return None
-        if buckets.digest(self._total, self.manifest.num_bytes) != header.digest:
+        if buckets.digest(copy.total, self.manifest.num_bytes) != header.digest:
+            newest.digest = None  # in case it is the base that was damaged
             return None
-        self._digest = header.digest
-        tensors = self.manifest.views(self._payload)
+        copy.digest = header.digest
+        self._copies = [*self._copies[1:], copy]
+        tensors = self.manifest.views(copy.payload)
         return Staged(header.incarnation, header.version, as_hex(header.digest), tensors, num_bytes)
 
-    def _read(self, header: Header) -> int:
-        self._total = 0
-        for _, added in self._source.read(header, "payload", self._payload.numpy()):
-            self._total += added
+    def _read(self, header: Header, copy: Copy) -> int:
+        copy.total = 0
+        for _, added in self._source.read(header, "payload", copy.payload.numpy()):
+            copy.total += added
         return self.manifest.num_bytes
 
-    def _apply(self, header: Header) -> int:
+    def _apply(self, header: Header, base: Copy, copy: Copy) -> int:
         encoded = torch.empty(header.delta_bytes, dtype=torch.uint8)
         for _ in self._source.read(header, "delta", encoded.numpy()):
             pass
+        copy.become(base)
         try:
-            self._total += apply(self.manifest, self._payload, encoded)
+            copy.total += apply(self.manifest, copy.payload, encoded)
         except ValueError as error:  # it was torn while it was read: no writer makes one that does not fit
             raise Overwritten from error
         return header.delta_bytes
