@@ -13,6 +13,9 @@ TAGGED = re.compile(r"<(tool_call|function_call|tool_calls)>(.*?)(?:</\1>|$)", r
 FENCED = re.compile(r"```(?:json|python|tool_call)?\s*\n?(.*?)```", re.DOTALL)
 
 
+OPENED = re.compile(r"<(?:tool_call|function_call|tool_calls)>")
+
+
 class Call(msgspec.Struct, frozen=True):
     """`positional` holds the arguments that have no name; only Python's syntax has such."""
 
@@ -40,10 +43,16 @@ def read_calls(text: str) -> list[Call]:
 
 def _read(text: str) -> list[Call]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return _read_python(text)
     return [_from_json(each) for each in (value if isinstance(value, list) else [value])]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(made := dict(pairs)) < len(pairs):
+        raise ValueError("a name that stands twice")
+    return made
 
 
 def _from_json(value: Any) -> Call:
@@ -53,7 +62,7 @@ def _from_json(value: Any) -> Call:
         raise ValueError(f"no call: {value!r}")
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
-        arguments = json.loads(arguments)
+        arguments = json.loads(arguments, object_pairs_hook=_object)
     if not isinstance(arguments, dict):
         raise ValueError(f"the arguments of {value['name']} are no object: {arguments!r}")
     return Call(value["name"], arguments)
@@ -76,7 +85,7 @@ def _read_python(text: str) -> list[Call]:
 def _from_python(node: ast.expr) -> Call:
     if not isinstance(node, ast.Call) or any(keyword.arg is None for keyword in node.keywords):
         raise ValueError(f"no call: {ast.unparse(node)}")
-    arguments = {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
+    arguments = _object([(str(keyword.arg), _literal(keyword.value)) for keyword in node.keywords])
     return Call(_dotted(node.func), arguments, [_literal(each) for each in node.args])
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from rewards.answer import after_thinking
-from rewards.calls import Call, read_calls
+from rewards.calls import OPENED, Call, read_calls
 from rewards.verdict import Verdict, brief
 
 OMITTED = ""  # among the allowed values of an argument: it may be left out
@@ -35,10 +35,11 @@ def matches(
     """1 where the calls in `completion` are those that `answer` wants, in any order; with `partial` the share of them.
 
     `answer` is JSON: a list of {function: {argument: [allowed values]}}, where "" among the values means that the
-    argument may be left out, or of {"name": function, "arguments": {argument: value}}; an empty list wants no call at
-    all. `functions`, the JSON schemas that the prompt offered (a list, or its JSON), adds checks of types, required
-    and unknown arguments. Texts are compared without case, white space and ,./\\-_*^. Raises `ValueError` for an
-    `answer` or `functions` that cannot be read.
+    argument may be left out, or of {"name": function, "arguments": {argument: value}}; an empty list wants an answer
+    without a call, and a torn one within its tags is one. `functions`, the JSON schemas that the prompt offered (a
+    list, or its JSON), adds checks of types, required and unknown arguments. Texts are compared without case, white
+    space and ,./\\-_*^, but numbers in them by value. Raises `ValueError` for an `answer` or `functions` that cannot be
+    read.
     """
     wanted = read_wanted(answer)
     schemas = read_schemas(functions if isinstance(functions, str) else json.dumps(list(functions)))
@@ -49,7 +50,8 @@ def matches(
         calls, problem = [], str(error)
     evidence = {"parsed": brief("; ".join(map(str, calls))), "expected": brief(answer)}
     if not wanted:
-        return Verdict(float(not calls), not calls, evidence=evidence)
+        declined = bool(text and text.strip()) and not calls and not OPENED.search(text)
+        return Verdict(float(declined), declined, evidence=evidence)
     problems = [[mismatch(call, want, schemas) for want in wanted] for call in calls]
     num_matched = pair([[not each for each in row] for row in problems])
     share = num_matched / max(len(wanted), len(calls))
@@ -70,8 +72,12 @@ def read_wanted(answer: str) -> list[Wanted]:
 
 
 def _wanted(call: dict[str, Any]) -> Wanted:
+    if isinstance(call.get("function"), dict):
+        call = call["function"]
     if isinstance(call.get("name"), str):
-        return call["name"], {name: [value] for name, value in call.get("arguments", {}).items()}
+        arguments = call.get("arguments", {})
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        return call["name"], {name: [value] for name, value in arguments.items()}
     ((function, allowed),) = call.items()
     if not all(isinstance(values, list) for values in allowed.values()):
         raise ValueError(f"the allowed values of {function} are no lists")
@@ -81,9 +87,12 @@ def _wanted(call: dict[str, Any]) -> Wanted:
 @lru_cache(maxsize=64)
 def read_schemas(functions: str) -> dict[str, dict[str, Any]]:
     """By a function's name the schema of its arguments."""
-    listed = json.loads(functions)
-    schemas = [each.get("function", each) for each in (listed if isinstance(listed, list) else [listed])]
-    return {each["name"]: each.get("parameters", {}) for each in schemas}
+    try:
+        listed = json.loads(functions)
+        schemas = [each.get("function", each) for each in (listed if isinstance(listed, list) else [listed])]
+        return {each["name"]: each.get("parameters", {}) for each in schemas}
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"functions = {brief(functions)!r}: no list of schemas: {error!r}") from error
 
 
 def mismatch(call: Call, wanted: Wanted, schemas: dict[str, dict[str, Any]]) -> str:
@@ -130,7 +139,7 @@ def equal(given: Any, value: Any) -> bool:
     """Whether an argument has an allowed value. Numbers equal numbers (2 is 2.0, but True is not 1); in an object each
     key has a list of allowed values of its own, or one value."""
     if isinstance(given, str) and isinstance(value, str):
-        return standard(given) == standard(value)
+        return same_text(given, value)
     if isinstance(given, list | tuple) and isinstance(value, list | tuple):
         return len(given) == len(value) and all(map(equal, given, value))
     if isinstance(given, dict) and isinstance(value, dict):
@@ -138,6 +147,15 @@ def equal(given: Any, value: Any) -> bool:
         listed = {key: each if isinstance(each, list) else [each] for key, each in value.items()}
         return not _value_problem(given, exact, "") or not _value_problem(given, listed, "")
     return isinstance(given, bool) == isinstance(value, bool) and bool(given == value)
+
+
+def same_text(given: str, value: str) -> bool:
+    """Without what is insignificant, unless nothing else is there or both are numbers: -1.5 is not 15."""
+    try:
+        return float(given) == float(value)
+    except ValueError:
+        ours, theirs = standard(given), standard(value)
+        return ours == theirs if ours and theirs else given.strip() == value.strip()
 
 
 def standard(text: str) -> str:

@@ -107,6 +107,51 @@ def test_right_passes_and_wrong_does_not(code, sample):
     assert verdict.evidence["failed"].startswith("test ")
 
 
+IN_PLACE = {
+    "prelude": LISTS,
+    "entry_point": "turn",
+    "test": "def check(candidate):\n"
+    "    numbers, head = [1, 2], chain([1, 2])\n"
+    "    candidate(numbers, table := {'a': 1}, head=head)\n"
+    "    assert (numbers, table, items(head)) == ([2, 1], {1: 'a'}, [2, 1])\n",
+}
+TURN = """
+def turn(numbers, table, head):
+    numbers.reverse()
+    table[1] = 'a'
+    del table['a']
+    head.val, head.next.val = head.next.val, head.val
+"""
+
+
+def test_what_a_function_makes_of_its_arguments_is_seen(code):
+    assert code("", fenced(TURN), "", **IN_PLACE).solved
+    assert not code("", fenced(TURN.replace("numbers.reverse()", "pass")), "", **IN_PLACE).solved
+
+
+def test_a_function_with_a_value_cannot_spoil_what_it_is_compared_with(code):
+    tests = {"entry_point": "f", "test": "xs = [2, 1]\nassert f(xs) == sorted(xs)"}
+    assert code("", fenced("def f(xs):\n    return sorted(xs)"), "", **tests).solved
+    assert not code("", fenced("def f(xs):\n    xs.clear()\n    return []"), "", **tests).solved
+
+
+def test_a_check_that_gives_what_is_no_data_cannot_be_run(code):
+    tests = {"entry_point": "f", "test": "assert f(len) == 3"}
+    with pytest.raises(ValueError, match="the test cannot be run: .*no data"):
+        code("", fenced("def f(g):\n    return 3"), "", **tests)
+
+
+def test_rows_as_their_data_sets_have_them(code):
+    """LeetCodeDataset has two columns of tests; LiveCodeBench has null, TACO numbers; JSON's keys are texts."""
+    both = LEET | {"input_output": [{"input": "head = [1,2,3]", "output": "[3,2,1]"}]}
+    assert code("", fenced(REVERSE), "", **both).solved
+    assert code("", fenced(SAMPLES["LiveCodeBench, a program"][1]), "", **LIVE_TEXT | {"metadata": "null"}).solved
+    assert code("", fenced("print(input())"), "", input_output={"inputs": [1], "outputs": [1]}).solved
+    keys = {"fn_name": "f", "inputs": [[1]], "outputs": [{"1": [2]}]}
+    assert code("", fenced("def f(x):\n    return {x: (2,)}"), "", input_output=keys).solved
+    assert not code("", fenced("def f(x):\n    return {x + 1: (2,)}"), "", input_output=keys).solved
+
+
 def test_a_continuation_without_fences_follows_the_prelude(code):
     assert code("", "    return s[::-1]\n", "", **HUMAN).solved
     assert not code("", "    return s\n", "", **HUMAN).solved
@@ -257,6 +302,7 @@ def test_tests_that_are_none_are_refused(answer, fields, message):
         ("```python\na\n```\nwhich prints\n```\n3\n```", "a\n"),
         ("```\na\n```", "a\n"),
         ("```cpp\na\n```", ""),
+        ("1. So:\n   ```python\n   if a:\n     b\n   ```\n", "if a:\n  b\n"),
         ("<think>\n```python\na\n```\n</think>\n```python\nb\n```", "b\n"),
         ("<think>\n```python\na\n```\n", ""),
         ("```python\na\n", ""),

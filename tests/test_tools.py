@@ -7,7 +7,7 @@ import pytest
 
 from rewards.calls import Call, read_calls
 from rewards.table import resolve
-from rewards.tools import pair
+from rewards.tools import equal, pair
 
 WEATHER = {
     "name": "get_weather",
@@ -68,6 +68,9 @@ def test_several_calls():
         "f(**{'a': 1})",
         "f(a=[x for x in (1,)])",
         "f(a=1)(b=2)",
+        "f(a=1, a=2)",
+        '{"name": "f", "arguments": {"a": 1, "a": 2}}',
+        '{"name": "f", "arguments": "{\\"a\\": 1, \\"a\\": 2}"}',
         "x = f(a=1)",
         '{"arguments": {}}',
         '{"name": "f", "arguments": [1]}',
@@ -146,6 +149,22 @@ def test_types():
     assert call("where", {"x": [1, 2]}, {"x": [1, 2]}) and not call("where", {"y": 1}, {"x": [1]})
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted", "right"),
+    [
+        ("New-York", "new york", True),
+        ("1.5", "15", False),
+        ("-5", "5", False),
+        ("5.0", "5", True),
+        (".", "/", False),
+        ("-", "", False),
+        ("", "", True),
+    ],
+)
+def test_texts_are_equal_but_for_what_is_insignificant(given, wanted, right):
+    assert equal(given, wanted) is right
+
+
 def test_true_is_not_one_also_without_a_schema():
     reward = resolve("tools", {})
     answer = json.dumps([{"f": {"a": [1], "b": [True]}}])
@@ -154,6 +173,9 @@ def test_true_is_not_one_also_without_a_schema():
 
 
 def test_plain_calls_as_the_answer_and_dots_in_names():
+    for arguments in ({"a": 1}, '{"a": 1}'):
+        call = {"name": "math.sum", "arguments": arguments}
+        assert all(judge("math_sum(a=1)", [each]).solved for each in (call, {"type": "function", "function": call}))
     assert judge("math_sum(a=1)", [{"name": "math.sum", "arguments": {"a": 1}}]).solved
     assert not judge("math_sum(a=1)", [{"name": "math.sum", "arguments": {"a": 1, "b": 2}}]).solved
 
@@ -182,6 +204,18 @@ def test_where_no_call_is_wanted():
     assert judge("None of the functions helps.", []).solved
     assert not judge("get_weather(city='Rome')", []).solved
     assert judge("<think>get_weather(city='Rome')</think>I cannot.", []).solved
+    assert not judge("<think>I cannot", []).solved and not judge(" ", []).solved
+
+
+@pytest.mark.parametrize("torn", ["<tool_call>get_weather(city='Rome'</tool_call>", '<tool_call>{"name": "get_wea'])
+def test_a_torn_call_is_a_call_where_none_is_wanted(torn):
+    assert not judge(torn, []).solved
+
+
+def test_functions_that_are_none_are_refused():
+    for functions in ("{{", [3], [{"parameters": {}}]):
+        with pytest.raises(ValueError, match="no list of schemas"):
+            resolve("tools", {})("", "f()", "[]", functions=functions)
 
 
 @pytest.mark.parametrize("answer", ["", "{", '[{"f": 3}]', '[{"f": {"a": 1}}]', "[3]"])

@@ -44,7 +44,8 @@ Reader = Callable[[dict[str, Any]], Problem]
 
 def problem(answer: str, fields: dict[str, Any]) -> Problem:
     """Raises `ValueError` for tests that cannot be read, or none."""
-    column = next((column for column in FORMATS if fields.get(column)), "answer")
+    present = [column for column in FORMATS if fields.get(column)] or ["answer"]
+    column = "test" if "test" in present and fields.get("entry_point") else present[0]  # LeetCodeDataset has both
     read, *columns = FORMATS.get(column, (_taco, "input_output"))
     given = {"input_output": answer} if column == "answer" else {each: fields.get(each) for each in columns}
     try:
@@ -67,7 +68,7 @@ def _taco(fields: dict[str, Any]) -> Problem:
 
 def _livecodebench(fields: dict[str, Any]) -> Problem:
     tests = [*_json(fields["public_test_cases"]), *_packed(fields.get("private_test_cases") or "[]")]
-    entry = _json(fields.get("metadata") or "{}").get("func_name") or ""
+    entry = (_json(fields.get("metadata")) or {}).get("func_name") or ""
     if not entry:
         return Problem(cases=[Case(test["input"], test["output"]) for test in tests])
     cases = []
@@ -119,8 +120,8 @@ def _unwrapped(value: Any) -> list[Any]:
     return value if isinstance(value, list) and len(value) == 1 else []
 
 
-def _lines(value: str | list[str]) -> str:
-    return value if isinstance(value, str) else "\n".join(map(str, value))
+def _lines(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _packed(value: Any) -> Any:

@@ -170,7 +170,7 @@ class Trial:
         as data, go between them."""
         problem, limits = self._problem, self._limits()
         judge = sandbox(self._rules.sandbox, "judge")
-        program = Job(kind="calls", entry=problem.entry, limits=limits)
+        program = Job(kind="calls", entry=problem.entry, changed=True, limits=limits)
         check = Job(kind="check", entry=problem.entry, limits=limits)
         texts = [sealed(text.encode()) for text in ("", problem.prelude, problem.check)]
         with opened(*texts, sink(), sink(), sink()) as (nothing, prelude, test, output, errors, complaints):

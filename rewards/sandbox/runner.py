@@ -1,4 +1,4 @@
-"""What runs inside a sandbox: `python runner.py CONTROL UID`. It imports the standard library alone.
+"""What runs inside a sandbox: `python runner.py CONTROL UID`. It and what it imports need the standard library alone.
 
 It waits for runs on the socket CONTROL, forks a child for each, and answers with how the child ended. The child takes
 its bounds upon itself, closes everything but its own files and becomes the program. Nothing that the runner knows is
@@ -39,17 +39,17 @@ import typing
 from typing import Any
 
 import values
+from candidate import CALLS, RESULTS, Candidate, Unspeakable, classes
 
 TYPED_INPUT = "stdin"  # /dev/stdin is a link to it: there is no /proc for the usual one
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SECCOMP_MODE_FILTER = 2
-PROGRAM, CALLS, RESULTS = 3, 4, 5  # descriptors of a child, after its standard ones
+PROGRAM = 3  # descriptor of a child, after its standard ones; CALLS and RESULTS follow
 NUM_FILES = 6
 ASIDE = 64  # descriptors from here on are free
 MOST_TYPED = 32 << 20  # bytes of input that fit into /tmp
 MOST_LEFT = 100  # files and folders
 SHARED = 0o1777  # mode of /tmp
-LONGEST_REPLY = 1 << 26
 LOST = 3  # exit code of a check that could not ask its candidate
 UNASKED = 4  # exit code of a check that never did
 UNFINISHED = 120  # exit code of Python itself where its end fails
@@ -260,15 +260,17 @@ def run_calls(job: Job) -> int:
     function = find(namespace, job["entry"])
     with open(CALLS, closefd=False) as calls, open(RESULTS, "w", closefd=False) as results:
         for line in calls:
-            results.write(answer(function, line, namespace) + "\n")
+            results.write(answer(function, line, namespace, job["changed"]) + "\n")
             results.flush()
     return 0
 
 
-def answer(function: Any, line: str, namespace: Namespace) -> str:
+def answer(function: Any, line: str, namespace: Namespace, changed: bool) -> str:
+    """What the function returns or raises, and the arguments as it left them where `changed` asks for them."""
     arguments, keywords = values.decode(line, classes(namespace))
     try:
-        return values.encode(("return", function(*arguments, **keywords)))
+        value = function(*arguments, **keywords)
+        return values.encode(("return", value, arguments, keywords) if changed else ("return", value))
     except Exception as error:
         traceback.print_exc()
         return values.encode(("raise", type(error).__name__, str(error)))
@@ -279,50 +281,6 @@ def find(namespace: Namespace, entry: str) -> Any:
     if entry in namespace or "Solution" not in namespace:
         return eval(entry, namespace)
     return eval(entry, namespace) if "." in entry else getattr(namespace["Solution"](), entry)
-
-
-def classes(namespace: Namespace) -> dict[str, type]:
-    own = {name: each for name, each in namespace.items() if isinstance(each, type)}
-    return {name: each for name, each in own.items() if each.__module__ == values.PROGRAM}
-
-
-class Lost(BaseException):
-    """The candidate has ended. No check can take it for an exception of the candidate's function."""
-
-
-class Candidate:
-    """Stands in a check for the function under test, which lives in another sandbox."""
-
-    def __init__(self, namespace: Namespace):
-        self._namespace = namespace
-        self._calls = open(CALLS, "w", closefd=False)
-        self._results = open(RESULTS, "rb", closefd=False)
-        self.num_calls = 0
-        self.lost = False
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        self.num_calls += 1
-        try:
-            self._calls.write(values.encode((arguments, keywords)) + "\n")
-            self._calls.flush()
-            line = self._results.readline(LONGEST_REPLY)
-            kind, *reply = values.decode(line, classes(self._namespace))
-        except (OSError, ValueError) as error:
-            self.lost = True
-            raise Lost(str(error)) from None
-        if kind == "return":
-            return reply[0]
-        raise exception(*reply)
-
-
-def exception(name: str, text: str) -> Exception:
-    """The candidate's exception, if it is one of Python's. StopIteration would end a loop of the check as if all its
-    cases had been seen."""
-    found: Any = getattr(builtins, name, None)
-    usual = isinstance(found, type) and issubclass(found, Exception)
-    if not usual or issubclass(found, StopIteration | StopAsyncIteration | UnicodeError | ExceptionGroup):
-        return RuntimeError(f"{name}: {text}")
-    return found(text)
 
 
 def run_check(job: Job) -> int:
@@ -337,9 +295,13 @@ def run_check(job: Job) -> int:
         traceback.print_exc()
         return BROKEN
     namespace[job["entry"]] = candidate
-    exec(test, namespace)
-    if "check" in namespace:
-        namespace["check"](candidate)
+    try:
+        exec(test, namespace)
+        if "check" in namespace:
+            namespace["check"](candidate)
+    except Unspeakable:
+        traceback.print_exc()
+        return BROKEN
     return LOST if candidate.lost else 0 if candidate.num_calls else UNASKED
 
 

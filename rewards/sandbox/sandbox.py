@@ -20,6 +20,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     strict: bool = True  # False for compilers, which start processes
     entry: str = ""  # the function that is called
+    changed: bool = False  # whether the caller wants to see what became of the arguments
     arguments: list[str] = []  # the compiler's command
     made: str = ""  # a file in the sandbox that goes to the run's fourth
 
