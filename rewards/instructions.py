@@ -6,10 +6,16 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import py3langid
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from rewards.answer import after_thinking
 from rewards.verdict import Verdict, brief
+
+LANGUAGES = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+ABBREVIATION = re.compile(
+    r"\b(Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Inc|Ltd|vs|e\.g|i\.e|[A-Z]|(?:[ap]\.m|etc)(?=\.\s+[a-z]))\.(?=\s)"
+)
+SURE = 0.8  # of a language; few words of no language at all get up to that
 
 Check = Callable[..., bool]  # (text, **arguments) -> whether the text keeps to the constraint
 
@@ -100,7 +106,7 @@ def words(text: str) -> list[str]:
 def sentences(text: str) -> list[str]:
     """Parts that end with a full stop, question or exclamation mark before white space, or with a paragraph; the stops
     of abbreviations, initials and numbers end none."""
-    text = re.sub(r"\b(Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|[A-Z])\.(?=\s)", r"\1", text)
+    text = ABBREVIATION.sub(r"\1", text)
     parts = re.split(r"(?<=[.!?])[\"')\]]*\s+|\n{2,}", text)
     return [part for part in parts if re.search(r"\w", part)]
 
@@ -116,7 +122,7 @@ def holds(text: str, phrase: str) -> bool:
 
 
 def has_word(text: str, word: str) -> bool:
-    return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def keyword_frequency(text: str, *, keyword: str, frequency: int, relation: str) -> bool:
@@ -128,7 +134,13 @@ def letter_frequency(text: str, *, letter: str, let_frequency: int, let_relation
 
 
 def in_language(text: str, *, language: str) -> bool:
-    return py3langid.classify(text)[0] == language.split("-")[0].lower()
+    return LANGUAGES.classify(text)[0] == language.split("-")[0].lower()
+
+
+def foreign(text: str) -> bool:
+    """Whether `text` is surely not English."""
+    language, share = LANGUAGES.classify(text)
+    return language != "en" and share > SURE
 
 
 def number_paragraphs(text: str, *, num_paragraphs: int) -> bool:
@@ -170,7 +182,7 @@ def sections(text: str, *, section_spliter: str, num_sections: int) -> bool:
 def is_json(text: str) -> bool:
     inside = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text.strip(), re.DOTALL | re.IGNORECASE)
     try:
-        json.loads(inside[1] if inside else text)
+        json.loads(inside[1] if inside else text, parse_constant=int)  # which refuses NaN
     except (ValueError, RecursionError):
         return False
     return True
@@ -230,7 +242,7 @@ CHECKS: dict[str, Check] = {
     "startend:end_checker": ends_with,
     "startend:quotation": quoted,
     "change_case:capital_word_frequency": capital_words,
-    "change_case:english_capital": lambda text: text.isupper(),
-    "change_case:english_lowercase": lambda text: text.islower(),
+    "change_case:english_capital": lambda text: text.isupper() and not foreign(text),
+    "change_case:english_lowercase": lambda text: text.islower() and not foreign(text),
     "punctuation:no_comma": lambda text: "," not in text,
 }

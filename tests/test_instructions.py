@@ -27,6 +27,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         ["La la"],
     ),
     ("keywords:forbidden_words", {"forbidden_words": ["old"]}, ["A golden one"], ["An Old one."]),
+    ("keywords:forbidden_words", {"forbidden_words": ["C++"]}, ["C or C+"], ["I like c++."]),
     (
         "keywords:letter_frequency",
         {"letter": "e", "let_frequency": 3, "let_relation": "at least"},
@@ -38,7 +39,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         "length_constraints:number_sentences",
         {"num_sentences": 2, "relation": "at least"},
         ["One. Two!", "A first line\n\nA second"],
-        ["Mr. Smith paid 3.50 at 5 p.m."],
+        ["Mr. Smith paid 3.50 at 5 p.m.", "e.g. Smith Inc. paid at 5 p.m. today, etc. etc."],
     ),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, ["a\n***\nb", "a *** b ***"], ["a", "a***b***c"]),
     ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, ["one, two"], ["one two three"]),
@@ -65,7 +66,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         ["SECTION 1\na\nSECTION 2\nb"],
         ["SECTION 1\na", "Section 1 Section 2"],
     ),
-    ("detectable_format:json_format", {}, ['{"a": 1}', '```json\n{"a": 1}\n```'], ["{a: 1}", "text {}"]),
+    ("detectable_format:json_format", {}, ['{"a": 1}', '```json\n{"a": 1}\n```'], ["{a: 1}", "text {}", "NaN"]),
     ("detectable_format:title", {}, ["<<A title>>\ntext"], ["<A title>", "<< >> text"]),
     ("combination:two_responses", {}, ["a\n******\nb"], ["a", "a\n******\na", "a******b******c"]),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Say it."}, ["say it. It."], ["It. Say it."]),
@@ -77,8 +78,8 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         ["NASA and ESA"],
         ["NASA and Esa"],
     ),
-    ("change_case:english_capital", {}, ["ALL OF IT, 3!"], ["ALL of IT"]),
-    ("change_case:english_lowercase", {}, ["all of it, 3!"], ["all of It"]),
+    ("change_case:english_capital", {}, ["ALL OF IT, 3!", "AB CD"], ["ALL of IT", GERMAN.upper()]),
+    ("change_case:english_lowercase", {}, ["all of it, 3!", "ab cd"], ["all of It", GERMAN.lower()]),
     ("punctuation:no_comma", {}, ["no such thing"], ["one, two"]),
 ]
 
