@@ -20,7 +20,7 @@ SLOTS = ("{problem}", "{reference}", "{attempt}")
 UNITS = ("outcome", "prefix", "segment")
 CONTROLS = ("", "no_reference", "wrong_reference")
 WITHOUT = "(No reference solution is given.)"
-SCORE = re.compile(r"score\W{0,8}(\d+)(?![\d.]*\d)", re.IGNORECASE)
+SCORE = re.compile(r"score(?:\s*\([^()\n]*\))?(?:\s+(?:is|of))?\W{0,8}(\d+)(?![\d.]*\d)", re.IGNORECASE)
 GOOD = 0.75  # of the scale, 4 of 5: the judge holds it to be correct but for trifles
 
 

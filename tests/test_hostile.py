@@ -17,7 +17,7 @@ from rewards.sandbox.files import content
 from rewards.sandbox.sandbox import Sandbox
 from rewards.table import resolve
 
-OPTIONS = {"time_s": 0.4, "total_s": 1.5, "memory_mib": 256}
+OPTIONS = {"time_s": 0.25, "total_s": 1.5, "memory_mib": 256}
 CUBES = {"inputs": [[2], [3]], "outputs": [8, 27], "fn_name": "answer"}
 RIGHT = "def answer(x):\n    return x ** 3"
 

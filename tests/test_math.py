@@ -4,6 +4,7 @@ import functools
 import random
 import time
 from collections import Counter
+from contextlib import closing
 
 import pytest
 
@@ -255,15 +256,13 @@ def adversarial(count: int) -> list[str]:
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_expression_hangs_or_goes_unanswered(count):
     """Each gets a verdict within its deadline, and none of them counts as right."""
-    pool = Pool({"math": ("math", {})}, 2, Limits(reward_s=0.4))
-    texts = adversarial(count)
-    for key, text in enumerate(texts):
-        answer = [r"\frac{12345}{6789}", "x^{3}+1.5", r"\{1,5\}"][key % 3]
-        pool.submit(key, Task("math", "?", answer, {}, [[rf"\boxed{{{text}}}", text][key % 2]]))
-    found, started = {}, time.monotonic()
-    while len(found) < count and time.monotonic() - started < count:
-        found.update(pool.poll(0.1))
-    pool.close()
+    texts, found, started = adversarial(count), {}, time.monotonic()
+    with closing(Pool({"math": ("math", {})}, 2, Limits(reward_s=0.4))) as pool:
+        for key, text in enumerate(texts):
+            answer = [r"\frac{12345}{6789}", "x^{3}+1.5", r"\{1,5\}"][key % 3]
+            pool.submit(key, Task("math", "?", answer, {}, [[rf"\boxed{{{text}}}", text][key % 2]]))
+        while len(found) < count and time.monotonic() - started < count:
+            found.update(pool.poll(0.1))
     assert len(found) == count
     assert not [texts[key] for key, verdicts in found.items() if any(each.solved for each in verdicts)]
     errors = Counter(each.error for verdicts in found.values() for each in verdicts)

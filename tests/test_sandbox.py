@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hostile import ATTACKS
 
 from bench.descendants import descendants
+from rewards.code.trial import close_sandboxes
+from rewards.code.trial import sandbox as kept
 from rewards.sandbox import launch
 from rewards.sandbox.files import content, opened, sealed, sink
 from rewards.sandbox.limits import MIB, Limits
@@ -76,10 +79,9 @@ def test_a_program_sees_little(sandbox):
 
 
 def test_programs_run_as_an_unprivileged_user_of_their_own(sandbox):
-    mine, theirs = (
-        run(box, "import os\nprint(*os.getresuid(), *os.getresgid(), *os.getgroups())")[1]
-        for box in (sandbox, Sandbox())
-    )
+    identity = "import os\nprint(*os.getresuid(), *os.getresgid(), *os.getgroups())"
+    with closing(Sandbox()) as another:
+        mine, theirs = (run(box, identity)[1] for box in (sandbox, another))
     assert "0" not in mine.split()
     assert os.geteuid() != 0 or mine != theirs
 
@@ -134,6 +136,15 @@ def test_a_sandbox_that_died_in_its_sleep_is_replaced(sandbox):
     os.kill(inside[-1], signal.SIGKILL)
     wait_until_gone(inside[-1:])
     assert run(sandbox, "print(1)")[1] == "1"
+
+
+def test_the_sandboxes_that_a_reward_keeps_can_be_closed():
+    others = descendants()
+    kept("bubblewrap", "program").start()
+    inside = [process for process in descendants() if process not in others]
+    assert len(inside) >= 3
+    close_sandboxes()
+    wait_until_gone(inside)
 
 
 def test_a_report_that_nobody_awaited_is_not_taken_for_the_next(sandbox):

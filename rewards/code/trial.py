@@ -78,6 +78,11 @@ def sandbox(walls: str, role: str) -> Sandbox:
     return _sandbox(walls, role, os.getpid(), get_ident())
 
 
+def close_sandboxes() -> None:
+    """Those of all threads, none of which may be using one."""
+    _sandbox.cache_clear()
+
+
 class Trial:
     """One program and its `total_s` seconds, which begin now."""
 
