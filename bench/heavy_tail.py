@@ -64,8 +64,7 @@ def make_model(directory: Path) -> None:
     torch.set_num_threads(1)
     config: Config = parse(table())
     tokenizer = tokenizers.load(config.model)
-    ids = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
-    policy = build(config.model, vocab_size=len(tokenizer), seed=0, **ids)
+    policy = build(config.model, seed=0, **tokenizers.vocabulary(tokenizer))
     warm_start(config, policy, tokenizer, StopSignal(config.deadlines.stop_s))
     policy.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

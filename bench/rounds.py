@@ -1,11 +1,11 @@
 """Times of several ways to do the same, one round of all after the other."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-Arms = dict[str, Callable[[], object]]
+Arms = Mapping[str, Callable[[], object]]
 
 
 def seconds(run: Callable[[], object], device: str) -> float:

@@ -244,13 +244,14 @@ def main() -> None:
                 rates[way].append(groups * SAMPLES / took)
                 if way == "encrypted":
                     slow.append(float(np.percentile(turns, 99)))
-        for way in ("pickle over ZeroMQ", "JSON over HTTP"):
-            rows.append(results.row(f"{num} generators", "rollouts/s", rates["encrypted"], rates[way], way, None))
-        rows.append(results.row(f"{num} generators", "rollouts/s", rates["encrypted"], rates["plain"], "plain", None))
-        speeds = [[rate / SAMPLES * size / 1e6 for rate in rates[way]] for way in ("encrypted", "plain")]
-        rows.append(results.row(f"{num} generators", "MB/s", *speeds, "plain", None))
+        case = f"{num} generators"
+        for ours in ("plain", "encrypted"):
+            for way in ("pickle over ZeroMQ", "JSON over HTTP"):
+                rows.append(results.row(f"{case}, {ours}", "rollouts/s", rates[ours], rates[way], way, None))
+        megabytes = {way: [rate / SAMPLES * size / 1e6 for rate in rates[way]] for way in ("encrypted", "plain")}
+        rows.append(results.row(case, "MB/s", megabytes["encrypted"], megabytes["plain"], "plain", None))
         bound = [1 / 0.020] * rounds
-        rows.append(results.row(f"{num} generators", "1/p99 turn", [1 / p99 for p99 in slow], bound, "1 / 20 ms", 1.0))
+        rows.append(results.row(case, "1/p99 turn", [1 / p99 for p99 in slow], bound, "1 / 20 ms", 1.0))
     results.keep("stream", "cpu", rows, quick=quick, group_bytes=size)
 
 

@@ -43,8 +43,7 @@ class Synchronous:
         self.config, self.rank, self.size = config, dist.get_rank(), dist.get_world_size()
         self.tokenizer = tokenizers.load(config.model)
         self.prompts = Prompts(config, self.tokenizer)
-        ids = {"eos_id": self.tokenizer.eos_token_id, "pad_id": self.tokenizer.pad_token_id}
-        policy = build(config.model, vocab_size=len(self.tokenizer), seed=config.run.seed, **ids)
+        policy = build(config.model, seed=config.run.seed, **tokenizers.vocabulary(self.tokenizer))
         files = {**tokenizers.files(self.tokenizer), **describe(policy)}
         self.generator = GENERATORS["embedded"](config, files, self.tokenizer)
         self.method, self.shape = compose(config.algorithm), shape_by(config.algorithm)

@@ -5,6 +5,9 @@ tables merge key by key, lists and slots are replaced.
 `--a.b=c` on the command line overrides after that; the value is read as TOML and, where that fails, as a string.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# (msgspec hands `frozen` down to subclasses; pyright wants each to repeat it.)
+
 import re
 import tomllib
 from pathlib import Path

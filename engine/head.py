@@ -88,7 +88,8 @@ class Fused:
 
     @staticmethod
     def memory(rows: int, vocab: int, width: int, device: str) -> int:
-        return min(rows * vocab * 4, ops.CHUNK_BYTES[device.partition(":")[0]]) + vocab * width * 4
+        chunk = ops.chunk_bytes(device.partition(":")[0], vocab * width)
+        return min(rows * vocab * 4, chunk) + vocab * width * 4
 
     @property
     def _weight(self) -> Tensor:

@@ -125,9 +125,7 @@ def check_method(config: Config, tokens: PreTrainedTokenizerBase) -> Prompts:
 
 def _build(config: Config, source: Model, tokens: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model that `source` (a [model] table) names, checked for leaks between packed sequences."""
-    policy = build(
-        source, vocab_size=len(tokens), eos_id=tokens.eos_token_id, pad_id=tokens.pad_token_id, seed=config.run.seed
-    )
+    policy = build(source, seed=config.run.seed, **tokenizer.vocabulary(tokens))
     check_isolation(policy)
     return policy
 

@@ -109,9 +109,9 @@ def pack(
     """
     updates = []
     dropped = [np.zeros(group.num_samples, bool) for group in groups] if left_out is None else left_out
-    for part in np.array_split(np.arange(len(groups)), num_updates):
-        columns = ([column[i] for i in part] for column in (groups, advantages, dropped))
-        batch = _batch(*columns, version, max_staleness)
+    bounds = [-(-len(groups) * number // num_updates) for number in range(num_updates + 1)]
+    for part in map(slice, bounds, bounds[1:]):
+        batch = _batch(groups[part], advantages[part], dropped[part], version, max_staleness)
         trained = np.flatnonzero(batch.valid & (batch.num_trained > 0))
         units = (_share if share_prefix else _separate)(batch, trained, budget)
         updates.append(_update(batch, units, num_ranks, budget))

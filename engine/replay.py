@@ -69,9 +69,7 @@ class Replay:
         model = config.model
         source = msgspec.structs.replace(model, path=str(self._run.model), init={}) if model.init else model
         tokens = tokenizer.load(source)
-        policy = build(
-            source, vocab_size=len(tokens), eos_id=tokens.eos_token_id, pad_id=tokens.pad_token_id, seed=config.run.seed
-        )
+        policy = build(source, seed=config.run.seed, **tokenizer.vocabulary(tokens))
         learner = Learner(config, policy, method, device=self._place.device, directory=self._run.debug / "replay")
         if (before := self._learner) is not None:
             learner.load(before.state())

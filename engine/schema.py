@@ -135,7 +135,7 @@ class Applied(msgspec.Struct, tag=True, frozen=True):
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
     """Sent at a fixed interval: the leases held, and counters since the generator started."""
 
-    held: list[tuple[str, int, int]]  # kind, group_id, attempt
+    held: list[tuple[Kind, int, int]]  # kind, group_id, attempt
     generated_tokens: int
     busy_s: float
     idle_s: float

@@ -7,7 +7,7 @@ their sender until acknowledged, so delivery is at least once and receivers are 
 
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,7 +79,7 @@ class Link:
         watched = {thing.fd: thing for thing in watch}
         for fd in watched:
             poller.register(fd, zmq.POLLIN)
-        ready = dict(poller.poll(timeout_s * 1000))
+        ready = dict(poller.poll(round(timeout_s * 1000)))
         for fd in ready.keys() & watched.keys():
             raise watched[fd].error()
         if self.socket in ready:
@@ -130,7 +130,7 @@ class Hub:
 class Pump:
     """Waits for any of several sockets until a deadline, then calls the handlers of those that are ready."""
 
-    def __init__(self, handlers: dict[Any, Callable[[], None]]):
+    def __init__(self, handlers: Mapping[Any, Callable[[], object]]):
         self._handlers: dict[Any, Callable[[], object]] = {}
         self._poller = zmq.Poller()
         for socket, handler in handlers.items():
@@ -142,7 +142,7 @@ class Pump:
 
     def wait(self, until: float) -> None:
         """Returns after handling what arrived, or at monotonic time `until`."""
-        milliseconds = max(0.0, until - time.monotonic()) * 1000
+        milliseconds = round(max(0.0, until - time.monotonic()) * 1000)
         for socket, _ in self._poller.poll(milliseconds):
             self._handlers[socket]()
 

@@ -70,6 +70,12 @@ def _check_pieces(pieces: list[str]) -> None:
             raise ConfigError(f"model.tokenizer: {piece!r} stands twice, is empty or is reserved ({PAD}, {EOS})")
 
 
+def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """What a new model must know of it."""
+    ids = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    return {"vocab_size": len(tokenizer), **{name: int(number) for name, number in ids.items()}}  # pyright: ignore[reportArgumentType]
+
+
 def files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
     """The tokenizer as its files by name, small enough for a message."""
     with tempfile.TemporaryDirectory() as directory:

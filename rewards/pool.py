@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Hashable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import msgspec
 
@@ -99,7 +100,7 @@ class Pool:
         self._unsorted: list[Job] = []  # until it is known which rewards wait
         self._waiting: list[str] | None = None
         self._codes: dict[int, int] = {}  # exit codes of the dead, by pid
-        self._finished: list[tuple[Hashable, list[Verdict]]] = []
+        self._finished: list[tuple[Any, list[Verdict]]] = []
         self._failed_starts = self._num_jobs = 0
         self._bore = False  # whether the nursery has borne a worker that lives
         self.num_restarts = 0
@@ -118,7 +119,7 @@ class Pool:
         self._sort(Job(key, task))
         self._assign()
 
-    def poll(self, timeout_s: float = 0.0) -> list[tuple[Hashable, list[Verdict]]]:
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[Any, list[Verdict]]]:
         """The groups finished since the last call, each with one verdict a completion; waits at most `timeout_s` for
         news of a worker.
 

@@ -59,7 +59,8 @@ class ScriptedServer:
         with self._lock:
             self._under_way -= 1
         if isinstance(answer, tuple):
-            return *answer, {"error": "as scripted"}
+            status, extra = answer
+            return status, extra, {"error": "as scripted"}
         if not isinstance(answer, str):
             return 200, {}, answer
         choice = {"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}

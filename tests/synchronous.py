@@ -70,13 +70,7 @@ def train(config: Config, directory: Path) -> dict[str, torch.Tensor]:
 def policy(config: Config) -> PreTrainedModel:
     """The model that training begins with."""
     tokenizer = tokenizers.load(config.model)
-    model = build(
-        config.model,
-        vocab_size=len(tokenizer),
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        seed=config.run.seed,
-    )
+    model = build(config.model, seed=config.run.seed, **tokenizers.vocabulary(tokenizer))
     if config.warm_start.steps:
         warm_start(config, model, tokenizer, StopSignal(config.deadlines.stop_s), [].append)
     return model

@@ -95,6 +95,7 @@ def imitation(solved):
     tokens = Tokens(logprob.detach(), zeros, torch.ones(3), index, lengths, solved=share)
     loss, _ = compose(Algorithm(imitation=0.1)).loss(logprob, None, tokens, num_tokens=3, num_sequences=2)
     loss.backward()
+    assert logprob.grad is not None
     return loss.item(), logprob.grad
 
 

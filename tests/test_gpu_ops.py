@@ -85,7 +85,7 @@ def test_the_loss_of_hidden_states_is_that_of_the_cpu(recipe):
 
     def run(device: str) -> tuple[TokenLoss, Tensor | None, Tensor | None]:
         leaves = [leaf.to(device).detach().requires_grad_() for leaf in (hidden, weight)]
-        out = linear_token_loss(*leaves, targets.to(device), on(device, tokens), recipe)
+        out = linear_token_loss(leaves[0], leaves[1], targets.to(device), on(device, tokens), recipe)
         out.loss.backward()
         return out, leaves[0].grad, leaves[1].grad
 

@@ -120,9 +120,9 @@ def test_a_key_is_handed_over_by_a_private_file_or_the_environment(
 # ---- frames that are no messages -------------------------------------------------------------------------------
 
 
-def damaged(frames: list[bytes], draw: random.Random) -> list[bytes]:
-    """`frames` after a few of the things that can go wrong with bytes."""
-    frames = [bytearray(frame) for frame in frames]
+def damaged(whole: list[bytes], draw: random.Random) -> list[bytearray]:
+    """`whole` frames after a few of the things that can go wrong with bytes."""
+    frames = [bytearray(frame) for frame in whole]
     for _ in range(draw.randint(1, 3)):
         frame = draw.choice(frames) if frames else bytearray()
         place = draw.randrange(len(frame) + 1)

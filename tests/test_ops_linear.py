@@ -26,7 +26,7 @@ Gradients = tuple[TokenLoss, Tensor, Tensor]
 @contextmanager
 def chunks_of(rows: int, vocab: int):
     """So little memory that `rows` rows of float32 logits fill it."""
-    with mock.patch.dict(loss.CHUNK_BYTES, cpu=rows * vocab * 4):
+    with mock.patch.dict(loss.CHUNK_BYTES, cpu=rows * vocab * 4), mock.patch.object(loss, "CHUNK_SHARE", 0.0):
         yield
 
 

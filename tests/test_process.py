@@ -104,6 +104,7 @@ def test_stopping_a_supervisor_ends_a_child_that_ignores_sigterm(tmp_path, monke
     supervisor = Supervisor("worker", "stubborn", [], tmp_path / "log", threads=1)
     supervisor.start()
     assert until(lambda: (tmp_path / "log").exists() and "up" in (tmp_path / "log").read_text())
+    assert supervisor.child is not None
     pid = supervisor.child.pid
     supervisor.stop(0.3)
     assert not alive(pid) and not supervisor.is_alive()

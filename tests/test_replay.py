@@ -82,7 +82,7 @@ class Trainer:
 
     def fresh(self, config: Config) -> Learner:
         tokens = tokenizer.load(config.model)
-        policy = build(config.model, vocab_size=len(tokens), eos_id=tokens.eos_token_id, pad_id=0, seed=0)
+        policy = build(config.model, seed=0, **tokenizer.vocabulary(tokens))
         if not self.run.model.exists():
             policy.save_pretrained(self.run.model)
             for name, content in {**tokenizer.files(tokens), **describe(policy)}.items():

@@ -137,7 +137,8 @@ def test_the_tap_gives_back_what_it_was_given_and_survives_a_torn_end(tmp_path):
     tap.close()
     back = list(read_tap(path))
     assert [type(record).__name__ for record in back] == ["Began", "Result", "Trained", "Result"]
-    assert back[3].group.group_id == 2 and back[3].group.logprobs.tolist() == [0, -1, -2, -3, -4]
+    assert isinstance(back[3], Result) and back[3].group.group_id == 2
+    assert back[3].group.logprobs.tolist() == [0, -1, -2, -3, -4]
     whole = path.read_bytes()
     for torn in (len(whole) - 1, len(whole) - 20, len(whole) - 200):
         path.write_bytes(whole[:torn])

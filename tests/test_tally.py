@@ -90,7 +90,7 @@ def test_pass_rates_of_an_earlier_run_are_older_than_any_of_this_one(tmp_path: P
 # ---- draws -------------------------------------------------------------------------------------------------------
 
 
-def of_file(directory: Path, curriculum: dict[str, object], **columns: list[float]) -> Config:
+def of_file(directory: Path, curriculum: dict[str, object], **columns: list[int]) -> Config:
     """Eight prompts, of which no column is given or the columns `columns`."""
     path = directory / "rows.jsonl"
     rows = [{"prompt": str(n), "answer": "", **{name: values[n] for name, values in columns.items()}} for n in range(8)]

@@ -93,7 +93,7 @@ def test_a_chat_template_wraps_text_and_messages():
 def test_ends_of_segments_are_counted_in_tokens():
     tokenizer = made(alphabet="abc#", words=["###", "aa"])
     token_ids = tokenizers.encode(tokenizer, "aab###c")  # aa b ### c
-    whole = np.append(token_ids, tokenizer.eos_token_id)
+    whole = np.append(token_ids, tokenizers.vocabulary(tokenizer)["eos_id"])
     assert tokenizers.token_ends(tokenizer, whole, [3, 6, 7]) == [2, 3, 5]
     assert tokenizers.token_ends(tokenizer, whole, [1]) == [1]  # within aa: its token belongs to the first part
     assert tokenizers.token_ends(tokenizer, token_ids[:0], [0]) == [0]

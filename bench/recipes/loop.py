@@ -103,8 +103,7 @@ def judged(reward: Reward, prompt: Prompt, text: str) -> Verdict:
 
 def start(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model that training begins with."""
-    ids = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
-    policy = build(config.model, vocab_size=len(tokenizer), seed=config.run.seed, **ids)
+    policy = build(config.model, seed=config.run.seed, **tokenizers.vocabulary(tokenizer))
     if config.warm_start.steps:
         warm_start(config, policy, tokenizer, StopSignal(config.deadlines.stop_s), lambda text: None)
     return policy

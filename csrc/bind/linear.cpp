@@ -108,7 +108,7 @@ class Head {
     if (wants.any()) grads_ = aligned_rows(std::min(wave, most), vocab, options.dtype(factor));
     if (!in_place_) logits_ = aligned_rows(std::min(piece_, most), vocab, options.dtype(type));
     d_hidden = wants.hidden ? at::zeros(hidden.sizes(), hidden.options()) : at::empty({0}, hidden.options());
-    d_weight = fresh(wants.weight ? weight.sizes() : at::IntArrayRef{0}, options.dtype(type));
+    d_weight = at::empty(wants.weight ? weight.sizes() : at::IntArrayRef{0}, options.dtype(type));
   }
 
   int64_t piece() const { return piece_; }  // rows of logits at a time

@@ -14,20 +14,25 @@ namespace leeway::bind {
 
 namespace {
 
-// Elements of a panel of the weight that gives logits: 4 MB in float32, which stays in a thread's cache while converted
-// and multiplied.
+// Elements of a panel of a weight that is converted first: 4 MB in float32.
 constexpr int64_t PANEL = 1 << 20;
-// Rows of the weight that a thread takes at a time for the gradients: products with fewer are slower. The hidden
-// states' gradient has a sum for each such part.
+// Rows of the weight that a thread takes at a time: products with fewer are slower. The hidden states' gradient has a
+// sum for each such part.
 constexpr int64_t PART = 1 << 14;
 
-// [0, size) in panels, two at least: in a lone one the BLAS would use threads of its own and sum in an order that
-// depends on their number.
+// Panels are as many as a multiple of this, of equal size, so that most numbers of threads get as much work each.
+constexpr int64_t ROUND = 12;
+
+// [0, size) in panels of at most `most`, two at least: in a lone one the BLAS would use threads of its own and sum in an
+// order that depends on their number.
 struct Panels {
   int64_t size, panel;
 
-  Panels(int64_t size, int64_t panel)
-      : size(size), panel(std::clamp<int64_t>(panel, 1, std::max<int64_t>(1, (size + 1) / 2))) {}
+  Panels(int64_t size, int64_t most) : size(size) {
+    const int64_t needed = (size + most - 1) / most;
+    const int64_t wanted = needed <= 2 ? 2 : (needed + ROUND - 1) / ROUND * ROUND;
+    panel = std::max<int64_t>(1, (size + wanted - 1) / wanted);
+  }
   int64_t count() const { return (size + panel - 1) / panel; }
 
   // Calls work(panel's number, begin, length) for each, on all threads.
@@ -40,7 +45,11 @@ struct Panels {
   }
 };
 
-int64_t panel_rows(const Tensor& weight) { return std::max<int64_t>(1, PANEL / std::max<int64_t>(1, weight.size(1))); }
+// Rows of the weight that one product takes: few enough to stay in the cache between conversion and product.
+int64_t rows_at_once(const Tensor& weight, at::ScalarType factor) {
+  if (weight.scalar_type() == factor) return PART;
+  return std::max<int64_t>(1, PANEL / std::max<int64_t>(1, weight.size(1)));
+}
 
 }  // namespace
 
@@ -57,7 +66,7 @@ void logits_product(const Tensor& hidden, const Tensor& weight, Tensor logits) {
     }
     return;
   }
-  Panels(weight.size(0), panel_rows(weight)).for_each([&](int64_t, int64_t begin, int64_t length) {
+  Panels(weight.size(0), rows_at_once(weight, hidden.scalar_type())).for_each([&](int64_t, int64_t begin, int64_t length) {
     Tensor out = logits.narrow(1, begin, length);
     at::mm_out(out, hidden, weight.narrow(0, begin, length).to(hidden.scalar_type()).t());
   });
@@ -67,7 +76,7 @@ Tensor hidden_product(const Tensor& grad, const Tensor& weight) {
   if (!grad.is_cpu()) return at::mm(grad, weight);
   const Panels parts(weight.size(0), PART);
   const Tensor sums = at::empty({parts.count(), grad.size(0), weight.size(1)}, grad.options());
-  const int64_t most = weight.scalar_type() == grad.scalar_type() ? PART : panel_rows(weight);
+  const int64_t most = rows_at_once(weight, grad.scalar_type());
   parts.for_each([&](int64_t part, int64_t first, int64_t size) {
     Tensor sum = sums.select(0, part);
     for (int64_t begin = first; begin < first + size; begin += most) {

@@ -76,6 +76,20 @@ Order indices(size_t num) {
   return order;
 }
 
+// Units by descending cost, equal ones by work, and by descending work: two sorts fewer where work rises with cost.
+std::pair<Order, Order> orders(std::span<const int64_t> cost, std::span<const double> work) {
+  Order by_cost = indices(cost.size());
+  sort_descending(by_cost, cost);
+  if (std::is_sorted(by_cost.begin(), by_cost.end(), [&](int32_t a, int32_t b) { return work[a] > work[b]; })) {
+    return {by_cost, by_cost};
+  }
+  Order by_work = indices(cost.size());
+  sort_descending(by_work, work);
+  by_cost = by_work;
+  sort_descending(by_cost, cost);
+  return {by_cost, by_work};
+}
+
 // A number for each bin, and a tournament among them.
 template <typename T>
 class Tournament {
@@ -103,7 +117,11 @@ class Tournament {
   void set(int32_t bin, T value) {
     size_t node = size_ + bin;
     greatest_[node] = value;
-    for (; node > 1; node /= 2) greatest_[node / 2] = value = std::max(value, greatest_[node ^ 1]);
+    for (; node > 1; node /= 2) {
+      value = std::max(value, greatest_[node ^ 1]);
+      if (greatest_[node / 2] == value) return;
+      greatest_[node / 2] = value;
+    }
   }
 
  private:
@@ -111,11 +129,17 @@ class Tournament {
   std::vector<T> greatest_;  // of each node's subtree; the leaves are the last half
 };
 
+// First fit opens no more: all but one of its bins are filled by half at least.
+size_t most_bins(std::span<const int64_t> cost, int64_t budget) {
+  const double filled = std::accumulate(cost.begin(), cost.end(), 0.0) / std::max<double>(1.0, budget);
+  return std::min(cost.size(), static_cast<size_t>(2 * filled) + 2);
+}
+
 // Each unit into the first bin that has room, and the number of bins that took one.
 std::pair<Bins, int32_t> first_fit(const Order& order, std::span<const int64_t> cost, int64_t budget) {
   Bins bin(cost.size());
   int32_t opened = 0;
-  Tournament<int64_t> room(cost.size(), budget);
+  Tournament<int64_t> room(most_bins(cost, budget), budget);
   for (int32_t unit : order) {
     bin[unit] = room.first(cost[unit]);
     room.set(bin[unit], room[bin[unit]] - cost[unit]);
@@ -292,11 +316,7 @@ Plan deal(const Bins& bin, std::span<const double> work, int32_t num_micro, int3
 
 Plan plan(std::span<const int64_t> cost, std::span<const double> work, int64_t budget, int32_t ranks) {
   check(cost, work, budget, ranks);
-  Order by_work = indices(cost.size());
-  sort_descending(by_work, work);
-  Order by_cost = by_work;
-  sort_descending(by_cost, cost);
-
+  const auto [by_cost, by_work] = orders(cost, work);
   const auto [packed, opened] = first_fit(by_cost, cost, budget);
   const int32_t num_micro = std::max(1, (opened + ranks - 1) / ranks);
   const int32_t num_bins = num_micro * ranks;

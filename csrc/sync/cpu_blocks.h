@@ -148,6 +148,11 @@ uint64_t flatten(const LeewayBucket* bucket, int64_t begin, int64_t end) {
   return sum;
 }
 
+// Units of a piece that are not as the bucket holds them: bit j stands for the one at `byte` + 2 j.
+struct Difference {
+  uint32_t byte, mask;
+};
+
 uint64_t delta(const LeewayBucket* bucket, int64_t begin, int64_t end, uint32_t* counts, uint16_t* offsets,
                uint16_t* values) {
   uint64_t sum = 0;
@@ -155,24 +160,31 @@ uint64_t delta(const LeewayBucket* bucket, int64_t begin, int64_t end, uint32_t*
     int64_t count = 0;
     each_piece(*bucket, block, block + 1, [&](int64_t at, const uint8_t* bytes, int64_t size) {
       uint8_t* shadow = bucket->bytes + at;
-      const auto tell = [&](int64_t i, uint32_t mask) {
-        for (; mask != 0; mask &= mask - 1) {
-          const int64_t byte = i + 2 * __builtin_ctz(mask);
-          offsets[count] = uint16_t((at + byte) % LEEWAY_BLOCK_BYTES / 2);
-          memcpy(&values[count++], bytes + byte, 2);
-        }
+      // Where units differ is listed without a branch, which would be mispredicted at every change, and told afterwards.
+      Difference found[kPieceBytes / 8];
+      int64_t num = 0;
+      const auto list = [&](int64_t i, uint32_t mask) {
+        found[num] = {uint32_t(i), mask};
+        num += mask != 0;
       };
       const auto vector = [&](int64_t i, W words) {
-        const uint32_t mask = differing(words, load_words(shadow + i));
-        if (mask == 0) return;
-        tell(i, mask);
-        memcpy(shadow + i, &words, sizeof words);
+        __builtin_prefetch(shadow + i + kPieceBytes);
+        list(i, differing(words, load_words(shadow + i)));
       };
       const auto rest = [&](int64_t i, int64_t size) {
-        for (int64_t unit = i; unit < i + size; unit += 2) tell(unit, memcmp(shadow + unit, bytes + unit, 2) != 0);
-        memcpy(shadow + i, bytes + i, size);
+        uint32_t mask = 0;
+        for (int64_t j = 0; j < size; j += 2) mask |= uint32_t(memcmp(shadow + i + j, bytes + i + j, 2) != 0) << j / 2;
+        list(i, mask);
       };
       sum += sum_words(bytes, size, bucket->position + at, vector, rest);
+      for (int64_t k = 0; k < num; ++k) {
+        for (uint32_t mask = found[k].mask; mask != 0; mask &= mask - 1) {
+          const int64_t byte = found[k].byte + 2 * __builtin_ctz(mask);
+          offsets[count] = uint16_t((at + byte) % LEEWAY_BLOCK_BYTES / 2);
+          memcpy(&values[count++], bytes + byte, 2);
+          memcpy(shadow + byte, bytes + byte, 2);
+        }
+      }
     });
     counts[block - begin] = uint32_t(count);
     offsets += count;

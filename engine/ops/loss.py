@@ -31,8 +31,9 @@ HEALTH: tuple[str, ...] = tuple(_ops.health_names())  # the sums in `TokenLoss.h
 
 # Bytes of the rows of logits, and of their gradient, that exist at a time. On the CPU a chunk is large enough for its
 # matrix products to be as fast as whole ones and small beside the head's gradient; a GPU needs thousands of rows, since
-# each chunk reads and writes the weight's gradient once.
+# each chunk reads and writes the weight's gradient once. Beside a very large gradient a chunk may grow with it.
 CHUNK_BYTES = {"cpu": 80_000_000, "cuda": 900_000_000}
+CHUNK_SHARE = 0.1  # of the gradient of the weight, in float32
 
 Slot = tuple[str, tuple[float, ...]]  # a function of engine.algorithms and its keyword arguments in order; None is NaN
 
@@ -150,7 +151,8 @@ def linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature
     As `row_stats` of hidden @ weight.T, which backward makes a second time for the rows that have a gradient. The
     products take hidden states in the weight's type, on the CPU in float32 at least.
     """
-    logprob, entropy, _ = _ops.linear_stats(hidden, weight, targets, temperature, _memory(weight))
+    memory = chunk_bytes(weight.device.type, weight.numel())
+    logprob, entropy, _ = _ops.linear_stats(hidden, weight, targets, temperature, memory)
     return logprob, entropy
 
 
@@ -176,12 +178,14 @@ def linear_token_loss(
     grad = torch.is_grad_enabled()
     wants = [grad and hidden.requires_grad, grad and weight.requires_grad]
     arguments = (*tokens.arguments(recipe), *recipe.arguments(), num_bins, temperature)
-    outputs = _ops.linear_token_loss(hidden, weight, targets, *arguments, health_of_all, _memory(weight), wants, True)
+    memory = chunk_bytes(weight.device.type, weight.numel())
+    outputs = _ops.linear_token_loss(hidden, weight, targets, *arguments, health_of_all, memory, wants, True)
     return TokenLoss(*outputs[:6])
 
 
-def _memory(weight: Tensor) -> int:
-    return CHUNK_BYTES[weight.device.type]
+def chunk_bytes(device: str, num_weights: int) -> int:
+    """Bytes of a chunk of rows, for a head of so many weights."""
+    return max(CHUNK_BYTES[device], int(num_weights * 4 * CHUNK_SHARE))
 
 
 # ---- What torch wants to know of an operator ---------------------------------------------------------------------
