@@ -32,6 +32,8 @@ NUM_COMPLETIONS, GROUP_SIZE, NUM_WORKERS = 20_000, 8, 2
 AHEAD = 4  # groups at the scorer at once
 SAMPLES = 40  # of memory
 MALICIOUS = 0.05
+HANGING = 0.2  # of the completions whose rewards are malicious; the others die, which costs no deadline
+REWARD_S = 6.0  # room for the start of a sandbox on a busy machine
 END_S = 5.0  # between the last verdict and the end of the last process
 TESTS = {"inputs": ["1 2\n", "30 4\n"], "outputs": ["3\n", "34\n"]}
 RIGHT = "print(sum(map(int, input().split())))"
@@ -66,14 +68,15 @@ def configuration() -> configs.Config:
         "domains": [code, {"name": "reward", "source": "file", "path": "x", "reward": "bench.soak:behave"}],
         "generator": {"max_new_tokens": 4, "reward_workers": NUM_WORKERS},
         "learner": {"tokens_per_micro_batch": 1000, "lr": 1e-3},
-        "deadlines": {"reward_s": 2.5},
+        "deadlines": {"reward_s": REWARD_S},
     })  # fmt: skip
 
 
 def draw(randomness: random.Random) -> list[tuple[str, str, str]]:
     """A group of completions, of one domain."""
     if randomness.random() < MALICIOUS / 5:
-        return randomness.choices([each for each in BAD if each[0] == "reward"], k=GROUP_SIZE)
+        rewards = [each for each in BAD if each[0] == "reward"]
+        return randomness.choices(rewards, [HANGING, 1 - HANGING], k=GROUP_SIZE)
     bad = [each for each in BAD if each[0] == "code"]
     return [randomness.choice(bad if randomness.random() < 0.8 * MALICIOUS else GOOD) for _ in range(GROUP_SIZE)]
 
