@@ -6,14 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from five_domains import DOMAINS, draw
-from jobs import TESTS, Job
+from jobs import Job
 
+from bench.recipes.five_domains import CONFIG, DOMAINS, draw
 from engine import config as configs
 from rewards.explain import read
 from rewards.table import resolve
 
-CONFIG = TESTS / "five_domains.toml"
 REWARDS = {domain.name: (domain.reward, domain.reward_options) for domain in configs.load(CONFIG).domains}
 
 

@@ -2,6 +2,9 @@
 
 import json
 from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -138,7 +141,17 @@ def test_oracles_score_full_and_others_less(task):
     check(task, 3)
 
 
+@pytest.fixture(scope="module")
+def checks(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """`check` of the tasks that are to be tested, in two processes, since it is instances that take time."""
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    chosen = [item.callspec.params["task"] for item in tests if "checks" in item.fixturenames]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        yield {task: pool.submit(check, task, NUM_INSTANCES) for task in chosen}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", sorted(set(DATASETS) - NO_TASK))
-def test_oracles_of_every_task_score_full_and_others_less(task):
-    check(task, NUM_INSTANCES)
+def test_oracles_of_every_task_score_full_and_others_less(task, checks):
+    checks[task].result()
