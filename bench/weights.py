@@ -2,8 +2,11 @@
 
 full     a version staged whole, by shared memory, TCP, encrypted TCP and disk: payload bytes a second, its checksum
          verified; and published, which casts and sums
-delta    the same where a step changed one weight in a hundred: bytes that travel, against the whole
-pause    the embedded generator's copy at `load`, as a share of the staging that went on while it sampled
+delta    the same where a step changed one weight in a hundred, over TCP: bytes that travel, against the whole; and
+         published, which compares
+dense    published where half of the weights change, so that comparing them is seldom tried
+pause    how long the embedded generator's `load` takes, against the staging by shared memory while it sampled: with
+         nothing under way, and where the cache of eight sequences of 64 tokens is computed anew
 
 Limits measured in the same rounds: a copy of as many bytes (the source read, the target written), and a bare TCP stream
 over the loopback interface (recv_into from another process). Peers: `torch.save` and load through a file, a gloo
@@ -35,12 +38,20 @@ sys.path.insert(0, str(ROOT))
 
 from bench import results  # noqa: E402
 from bench.flatten import transformer  # noqa: E402
+from engine.config import Generator, Model  # noqa: E402
+from engine.generators.embedded import Embedded  # noqa: E402
 from engine.keys import Lock  # noqa: E402
-from engine.weights import Manifest, Publisher, Server, subscribe  # noqa: E402
+from engine.model import build  # noqa: E402
+from engine.policy import named_tensors  # noqa: E402
+from engine.schema import Lease, Prompt, Sampling  # noqa: E402
+from engine.weights import Manifest, Publisher, Server, Subscriber, subscribe  # noqa: E402
+from engine.weights.subscribe import SharedSource  # noqa: E402
 
 ROUNDS, QUICK_ROUNDS = 7, 3
 SIZES = {True: 20e6, False: 200e6}
 CHANGED = 100
+DENSE_BEFORE, DENSE_WINDOW, DENSE_WINDOWS = 37, 17, 3  # versions until one in 17 is compared
+WIDTHS = {True: 256, False: 1024}  # of the model that pauses, 4 million and 55 million parameters
 _spawn = multiprocessing.get_context("spawn")
 
 Named = list[tuple[str, Tensor]]
@@ -99,27 +110,26 @@ class Gloo:
         shapes = [tuple(tensor.shape) for tensor in self._tensors]
         self._process = _spawn.Process(target=_hear_for_ever, args=(store.port, shapes), daemon=True)
         self._process.start()
-        dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=60))
+        self._group = dist.ProcessGroupGloo(store, 0, 2, timedelta(seconds=60))  # the default one is for learners
 
     def broadcast(self) -> None:
         for tensor in self._tensors:
-            dist.broadcast(tensor, 0)
-        dist.barrier()
+            self._group.broadcast(tensor, 0).wait()
+        self._group.barrier().wait()
 
     def close(self) -> None:
         self._process.kill()
-        dist.destroy_process_group()
 
 
 def _hear_for_ever(port: int, shapes: list[tuple[int, ...]]) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=timedelta(seconds=60))
+    group = dist.ProcessGroupGloo(store, 1, 2, timedelta(seconds=60))
     tensors = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
     while True:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
-        dist.barrier()
+            group.broadcast(tensor, 0).wait()
+        group.barrier().wait()
 
 
 class Pickled:
@@ -172,7 +182,8 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.manual_seed(0)
     stream = versions(transformer(SIZES[quick], "cpu"))
-    rows = measure(stream, QUICK_ROUNDS if quick else ROUNDS)
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    rows = measure(stream, rounds) + dense(next(stream)) + pauses(WIDTHS[quick], rounds)
     results.keep("weights", "cpu", rows, quick=quick)
 
 
@@ -191,7 +202,7 @@ def measure(stream: Iterator[Named], rounds: int) -> list[dict[str, Any]]:
         tcp, gloo, pickled = (
             stack.enter_context(closing(each)) for each in (TcpStream(size), Gloo(named), Pickled(named))
         )
-        source, target, model = (torch.zeros(size, dtype=torch.uint8) for _ in range(3))
+        source, target = (torch.zeros(size, dtype=torch.uint8) for _ in range(2))
         for number in range(-1, rounds):
             round_ = {
                 "memcpy": seconds(lambda: target.copy_(source)),
@@ -200,9 +211,7 @@ def measure(stream: Iterator[Named], rounds: int) -> list[dict[str, Any]]:
                 "gloo": seconds(gloo.broadcast),
                 "pickled": seconds(pickled.send),
             }
-            full, delta = (
-                _staged(publisher, on_disk, places, stream, number, kind, model) for kind in ("full", "delta")
-            )
+            full, delta = (_staged(publisher, on_disk, places, stream, number, kind) for kind in ("full", "delta"))
             for key, value in {**round_, **full, **delta}.items():
                 if number >= 0:
                     figures.setdefault(key, []).append(value)
@@ -236,7 +245,6 @@ def _staged(
     stream: Iterator[Named],
     number: int,
     kind: str,
-    model: Tensor,
 ) -> dict[str, float]:
     """Publishes a version and stages it on every route; `full`: by subscribers that forgot the one before."""
     version = 2 * (number + 2) + (kind == "delta")
@@ -245,18 +253,16 @@ def _staged(
     if kind == "full":
         found["publish disk"] = seconds(lambda: on_disk.publish(0, version, named))
     for route, place in places.items():
-        if kind == "delta" and route == "disk":
+        if kind == "delta" and not route.startswith("tcp"):
             continue
         subscriber = place["subscriber"]
         if kind == "full":
-            subscriber._digest = None
+            subscriber._copies[-1].digest = None
         begin = time.perf_counter()
         staged = subscriber.stage(0, version)
         found[f"{route} {kind}"] = time.perf_counter() - begin
         assert (staged.num_bytes == subscriber.manifest.num_bytes) == (kind == "full")
         found[f"{route} {kind} bytes"] = staged.num_bytes
-        if route == "shm":
-            found[f"pause {kind}"] = seconds(partial(model.copy_, subscriber._payload))
     return found
 
 
@@ -273,7 +279,7 @@ def table(figures: dict[str, list[float]], size: int) -> list[dict[str, Any]]:
         results.row("shm, staged whole", "GB/s", rate("shm full"), rate("gloo"), "gloo, by tensor", None),
         results.row("shm, staged whole", "GB/s", rate("shm full"), rate("pickled"), "pickled, by tensor", None),
         results.row("published whole", "GB/s", rate("publish full"), rate("memcpy"), "memcpy", None),
-        results.row("shm, delta of 1%", "payload GB/s", rate("shm delta"), rate("shm full"), "whole", None),
+        results.row("published with delta of 1%", "GB/s", rate("publish delta"), rate("memcpy"), "memcpy", None),
         results.row("tcp, delta of 1%", "payload GB/s", rate("tcp delta"), rate("tcp full"), "whole", None),
         results.row(
             "tcp encrypted, delta",
@@ -284,12 +290,64 @@ def table(figures: dict[str, list[float]], size: int) -> list[dict[str, Any]]:
             None,
         ),
     ]
-    whole, delta = figures["shm full bytes"], figures["shm delta bytes"]
+    whole, delta = figures["tcp full bytes"], figures["tcp delta bytes"]
     rows.append(results.row("delta of 1%", "1/bytes", [1 / x for x in delta], [1 / x for x in whole], "whole", 10.0))
-    staging = [second for second in figures["tcp full"]]
-    pause = figures["pause full"]
-    shares = [b / a for a, b in zip(pause, staging, strict=True)]
-    rows.append(results.row("pause of a copy", "transfers by tcp", shares, [1.0] * len(shares), "one", 20.0))
+    return rows
+
+
+def dense(named: Named) -> list[dict[str, Any]]:
+    """Publishing with deltas allowed and not, where half of the weights change each time; of a third of the tensors."""
+    named = named[: len(named) // 3]
+    manifest, name = Manifest.of(named, torch.bfloat16), f"bench-dense-{os.getpid()}"
+    took: dict[bool, list[float]] = {True: [], False: []}
+    with ExitStack() as stack:
+        publishers = {
+            delta: stack.enter_context(closing(Publisher(f"{name}-{delta:d}", manifest, delta=delta))) for delta in took
+        }
+        for version in range(DENSE_BEFORE + DENSE_WINDOWS * DENSE_WINDOW):
+            for _, tensor in named:
+                tensor.view(-1)[::2] *= -1
+            for delta, publisher in publishers.items():
+                took[delta].append(seconds(partial(publisher.publish, 0, version, named)))
+    windows = range(DENSE_BEFORE, len(took[True]), DENSE_WINDOW)
+    num_bytes = DENSE_WINDOW * manifest.num_bytes
+    ours, plain = (
+        [num_bytes / 1e9 / sum(took[delta][start : start + DENSE_WINDOW]) for start in windows] for delta in took
+    )
+    return [results.row("published, half changed", "GB/s", ours, plain, "without deltas", None)]
+
+
+def pauses(width: int, rounds: int) -> list[dict[str, Any]]:
+    """The embedded generator's pause, as a share of the transfer."""
+    init = {"model_type": "qwen3", "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 4}
+    init |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "head_dim": 64}
+    spec = Model(context=128, init=init)
+    learner, model = (build(spec, vocab_size=512, eos_id=1, pad_id=0, seed=seed) for seed in (0, 1))
+    model.requires_grad_(False)
+    settings = Generator(slots=8, max_new_tokens=120)
+    engine = Embedded(model, settings, context=128, stop_ids=[], text=lambda token_ids: "")
+    staging, idle, recomputing = [], [], []
+    with ExitStack() as stack:
+        name = f"bench-pause-{os.getpid()}"
+        publisher = stack.enter_context(closing(Publisher(name, engine.manifest)))
+        subscriber = stack.enter_context(closing(Subscriber(SharedSource(name), engine.memory)))
+        for version in range(2 * (rounds + 2)):
+            publisher.publish(0, version, named_tensors(learner))
+            begin = time.perf_counter()
+            staged = subscriber.stage(0, version)
+            staging.append(time.perf_counter() - begin)
+            if version % 2:
+                prompt = Prompt("", version, torch.arange(2, 34).numpy().astype("int32"), "", "")
+                engine.submit(Lease("train", version, 0, 0, 0, 8, prompt, Sampling(1.0, 120)))
+                for _ in range(32):
+                    engine.poll(0.0)
+            into = recomputing if version % 2 else idle
+            into.append(seconds(partial(engine.load, version, staged.tensors)))
+            engine.cancel("train", version)
+    rows = []
+    for case, took, parity, goal in (("pause", idle, 0, 20.0), ("pause with the cache", recomputing, 1, None)):
+        shares = [a / b for a, b in zip(staging[parity::2], took, strict=True)][2:]
+        rows.append(results.row(case, "transfers by shm", shares, [1.0] * len(shares), "one", goal))
     return rows
 
 

@@ -15,7 +15,7 @@ from engine.credit import advantages
 from engine.learner import Learner
 from engine.packer import Update, pack
 from engine.placement import Seat
-from engine.policy import manifest_of
+from engine.policy import manifest_of, named_tensors
 from engine.process import StopSignal, Supervisor
 from engine.progress import Progress
 from engine.rollouts import Rollouts
@@ -51,14 +51,12 @@ class Job:
         self.learner = Learner(config, policy, self.method, device=seat.device, directory=run.debug)
         if resume is not None:
             checkpoint.load(resume, self.learner)
-        self.segment = f"{run.name}-{seat.rank}-{time.time_ns():x}"
-        manifest = manifest_of(self.learner.model, config)
-        self.publisher = make_publisher(config, self.segment, manifest) if self.lead else None
+        self.segment = f"{run.name}-{parallel.of_lead([time.time_ns()])[0]:x}"
+        self.publisher = make_publisher(config, self.segment, manifest_of(self.learner.model, config))
         try:
             self.rollouts = Rollouts(config, run, seat, stop, self.segment, str(resume or ""))
         except BaseException:  # a stop at the start included: the segment must not outlive the job
-            if self.publisher is not None:
-                self.publisher.close()
+            self.publisher.close()
             raise
         self.rollouts.generators = self.supervisors = self._start_generators()
         self.progress = Progress(run.name, config.run.steps, live=config.tracking.progress) if self.lead else None
@@ -94,13 +92,9 @@ class Job:
     def publish(self) -> None:
         """The weights of `learner.version` to every generator, staged while they sample. Tickets of the groups that
         made it return when all have applied it."""
-        weights = self.learner.weights()
-        if self.publisher is None:
-            for _ in weights:  # every rank gathers, one writes
-                pass
-        else:
-            digest = self.publisher.publish(self.rollouts.incarnation, self.learner.version, weights)
-            self.rollouts.published(self.learner.version, digest)
+        version = self.learner.version
+        digest = self.publisher.publish(self.rollouts.incarnation, version, named_tensors(self.learner.model))
+        self.rollouts.published(version, digest)
 
     def take(self) -> tuple[Taken | None, float]:
         """The next groups and the seconds waited for them; None when the job is asked to stop."""
@@ -225,8 +219,7 @@ class Job:
         for supervisor in self.supervisors:
             supervisor.stop(1.0)
         self.rollouts.close()
-        if self.publisher is not None:
-            self.publisher.close()
+        self.publisher.close()
         if self.recorder is not None:
             self.recorder.close()
         if self.progress is not None:
@@ -234,7 +227,11 @@ class Job:
 
 
 def make_publisher(config: Config, segment: str, manifest: Manifest) -> Publisher:
-    delta = config.weights.delta and config.generator.dtype == "bfloat16"  # of float32 every step changes all
+    """Deltas are made where few weights change, which in float32 all do, and where bytes travel: a reader in this
+    host's memory takes the whole, which costs it no more."""
+    few = config.generator.dtype == "bfloat16"
+    abroad = config.weights.route == "auto" and not config.placement.bind.startswith("127.")
+    delta = config.weights.delta and few and (abroad or config.weights.route == "tcp")
     return Publisher(segment, manifest, delta=delta, directory=config.weights.directory)
 
 

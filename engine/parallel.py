@@ -58,6 +58,40 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def divides_rows(tensor: Tensor) -> bool:
+    """Whether every rank holds ceil(rows / ranks) rows of the tensor in turn, the last ones fewer or none."""
+    return _is_sharded(tensor) and [placement.is_shard(0) for placement in tensor.placements] == [True]  # type: ignore[attr-defined]
+
+
+def send(tensor: Tensor, to_rank: int) -> None:
+    """Gives a contiguous tensor to `to_rank`, which takes it by `receive`."""
+    dist.send(tensor.view(-1).view(torch.uint8), to_rank)
+
+
+def receive(tensor: Tensor, from_rank: int) -> Tensor:
+    """`tensor` filled by the next `send` of `from_rank`."""
+    dist.recv(tensor.view(-1).view(torch.uint8), from_rank)
+    return tensor
+
+
+def of_lead(numbers: list[int]) -> list[int]:
+    """The numbers, of 64 bits, that rank 0 gave."""
+    heard = torch.tensor(numbers)
+    if num_ranks() > 1:
+        dist.broadcast(heard, 0)
+    return heard.tolist()
+
+
+def gathered(numbers: list[int]) -> list[list[int]]:
+    """What every rank gave, as many numbers of 64 bits each, by rank."""
+    if num_ranks() == 1:
+        return [numbers]
+    mine = torch.tensor(numbers)
+    found = [torch.empty_like(mine) for _ in range(num_ranks())]
+    dist.all_gather(found, mine)
+    return [each.tolist() for each in found]
+
+
 def summed(vector: Tensor) -> Tensor:
     """`vector` summed over ranks, in place."""
     if num_ranks() > 1:

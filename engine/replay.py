@@ -27,13 +27,12 @@ from engine.learner import Learner
 from engine.learner_loop import prepare
 from engine.model import build
 from engine.placement import Seat, join_learners, rendezvous, seat
-from engine.policy import manifest_of
+from engine.policy import manifest_of, named_tensors
 from engine.run_directory import RunDirectory
 from engine.schedule import Schedule
 from engine.schema import Ack, Group, Published, Result, Trained
 from engine.scores import scheduled_shape
-from engine.weights.publish import write
-from engine.weights.segment import as_hex
+from engine.weights import publish
 
 
 class Replay:
@@ -80,9 +79,7 @@ class Replay:
 
 def digest(learner: Learner, config: Config) -> str:
     """What a publish of the weights would give."""
-    manifest = manifest_of(learner.model, config)
-    payload = torch.empty(manifest.num_bytes, dtype=torch.uint8)
-    return as_hex(write(manifest, payload, learner.weights()))
+    return publish.digest(manifest_of(learner.model, config), named_tensors(learner.model))
 
 
 def replay(run: RunDirectory, place: Seat, num_steps: int | None = None) -> tuple[int, str]:

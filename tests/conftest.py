@@ -1,7 +1,23 @@
 import sys
 from collections.abc import Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from engine.weights import Publisher, Subscriber
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def subscriber(request: pytest.FixtureRequest, publisher: "Publisher") -> "Iterator[Subscriber]":
+    """Stages what the file's `publisher` publishes, by every route."""
+    from engine.weights import Server, subscribe
+
+    with closing(Server(publisher.name, "127.0.0.1")) as server:
+        address = f"tcp://127.0.0.1:{server.port}"
+        with closing(subscribe(request.param, segment=publisher.name, host="", address=address, timeout_s=5)) as it:
+            yield it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

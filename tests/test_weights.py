@@ -50,14 +50,6 @@ def publisher(name: str) -> Iterator[Publisher]:
         yield publisher
 
 
-@pytest.fixture(params=["shm", "tcp"])
-def subscriber(request: pytest.FixtureRequest, publisher: Publisher) -> Iterator[Subscriber]:
-    with closing(Server(publisher.name, "127.0.0.1")) as server:
-        address = f"tcp://127.0.0.1:{server.port}"
-        with closing(subscribe(request.param, segment=publisher.name, host="", address=address, timeout_s=5)) as it:
-            yield it
-
-
 def test_manifest_offsets_are_aligned() -> None:
     manifest = Manifest.lay_out(
         [
@@ -179,7 +171,7 @@ class Disturbed:
     def __init__(self, subscriber: Subscriber, disturb: Callable[[], object]) -> None:
         self._inner = subscriber._source
         self._disturb = disturb
-        self.manifest = self._inner.manifest
+        self.manifest, self.far = self._inner.manifest, self._inner.far
         self.headers = self._inner.headers
         self.close = self._inner.close
         self.num_reads = 0

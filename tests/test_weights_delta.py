@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.weights import Manifest, Publisher, Server, Subscriber, delta, subscribe
+from engine.weights import Manifest, Publisher, Subscriber, delta
 from engine.weights.segment import Segment
 
 Tensors = dict[str, torch.Tensor]
@@ -43,7 +43,16 @@ def same(found: Tensors, expected: Tensors) -> bool:
 
 
 MANIFEST = Manifest.of(start().items(), BF16)
-HEAD = delta.HEAD_BYTES + 4 * 8  # blocks: two of the embedding's, one each of scalar and norm, four of the matrix's
+# four pieces; blocks: two of the embedding's, one each of scalar and norm, four of the matrix's
+HEAD = delta.HEAD_BYTES + 4 * delta.PIECE_BYTES + 4 * 8
+
+
+def size(num_changes: int) -> int:
+    """Of a delta, which ends at a multiple of 8 bytes."""
+    return -(-(HEAD + delta.CHANGE_BYTES * num_changes) // 8) * 8
+
+
+by_tcp = pytest.mark.parametrize("subscriber", ["tcp"], indirect=True)
 
 
 @pytest.fixture
@@ -52,14 +61,7 @@ def publisher() -> Iterator[Publisher]:
         yield publisher
 
 
-@pytest.fixture(params=["shm", "tcp"])
-def subscriber(request: pytest.FixtureRequest, publisher: Publisher) -> Iterator[Subscriber]:
-    with closing(Server(publisher.name, "127.0.0.1")) as server:
-        address = f"tcp://127.0.0.1:{server.port}"
-        with closing(subscribe(request.param, segment=publisher.name, host="", address=address, timeout_s=5)) as it:
-            yield it
-
-
+@by_tcp
 def test_deltas_carry_the_changes_alone_and_give_the_whole(publisher: Publisher, subscriber: Subscriber) -> None:
     tensors = start()
     publisher.publish(0, 0, tensors.items())
@@ -69,19 +71,21 @@ def test_deltas_carry_the_changes_alone_and_give_the_whole(publisher: Publisher,
         old, tensors = tensors, moved(tensors, share, version)
         digest = publisher.publish(0, version, tensors.items())
         staged = subscriber.stage(0, version)
-        assert staged.num_bytes == HEAD + 4 * differing(old, tensors) == publisher.delta_bytes
+        assert staged.num_bytes == size(differing(old, tensors)) == publisher.delta_bytes
         assert staged.digest == digest and same(staged.tensors, tensors)
 
 
-def test_a_delta_as_large_as_a_part_of_the_payload_is_not_kept(publisher: Publisher, subscriber: Subscriber) -> None:
+@by_tcp
+def test_a_large_delta_is_not_kept_nor_the_next_looked_for(publisher: Publisher, subscriber: Subscriber) -> None:
     tensors = start()
     for version, share in enumerate([0.0, 0.01, 0.5, 0.01, 0.01]):
         tensors = moved(tensors, share, version)
         publisher.publish(0, version, tensors.items())
         staged = subscriber.stage(0, version)
-        assert (staged.num_bytes == MANIFEST.num_bytes) == (version in (0, 2)) and same(staged.tensors, tensors)
+        assert (staged.num_bytes == MANIFEST.num_bytes) == (version in (0, 2, 3)) and same(staged.tensors, tensors)
 
 
+@by_tcp
 def test_who_lacks_the_base_reads_the_whole(publisher: Publisher, subscriber: Subscriber) -> None:
     versions = [start()]
     for seed in range(1, 5):
@@ -91,13 +95,14 @@ def test_who_lacks_the_base_reads_the_whole(publisher: Publisher, subscriber: Su
     late = subscriber.stage(0, 3)
     assert late.num_bytes == MANIFEST.num_bytes and same(late.tensors, versions[3])
     publisher.publish(0, 4, versions[4].items())
-    assert subscriber.stage(0, 4).num_bytes == HEAD + 4 * differing(versions[3], versions[4])
+    assert subscriber.stage(0, 4).num_bytes == size(differing(versions[3], versions[4]))
     for version in (5, 6):  # one is missed
         publisher.publish(0, version, versions[version - 5].items())
     staged = subscriber.stage(0, 6)
     assert staged.num_bytes == MANIFEST.num_bytes and same(staged.tensors, versions[1])
 
 
+@by_tcp
 def test_a_base_damaged_in_memory_is_noticed_and_read_again(publisher: Publisher, subscriber: Subscriber) -> None:
     old = start()
     publisher.publish(0, 0, old.items())
@@ -109,6 +114,32 @@ def test_a_base_damaged_in_memory_is_noticed_and_read_again(publisher: Publisher
     assert staged.num_bytes == MANIFEST.num_bytes and same(staged.tensors, new)
 
 
+@pytest.mark.parametrize("subscriber", ["shm"], indirect=True)
+def test_a_near_reader_takes_the_whole(publisher: Publisher, subscriber: Subscriber) -> None:
+    tensors = start()
+    for version in range(2):
+        publisher.publish(0, version, tensors.items())
+        staged = subscriber.stage(0, version)
+        assert staged.num_bytes == MANIFEST.num_bytes and same(staged.tensors, tensors)
+    assert publisher.delta_bytes > 0
+
+
+def test_changes_are_looked_for_less_and_less_often_where_they_are_many() -> None:
+    worth = delta.Worth()
+    asked = []
+    for version in range(60):
+        if worth.ask():
+            asked.append(version)
+            worth.tell(False)
+    assert asked == [0, 2, 5, 10, 19, 36, 53]
+    while not worth.ask():
+        pass
+    worth.tell(True)
+    assert worth.ask() and worth.ask()
+    worth.tell(False)
+    assert [worth.ask() for _ in range(2)] == [False, True]
+
+
 def test_bytes_that_are_no_delta_are_refused() -> None:
     payload = torch.zeros(MANIFEST.num_bytes, dtype=torch.uint8)
     into = torch.zeros(4096, dtype=torch.uint8)
@@ -118,16 +149,16 @@ def test_bytes_that_are_no_delta_are_refused() -> None:
         with closing(Segment.open(publisher.name)) as reader:
             newest = reader.headers()[0]
             whole = torch.from_numpy(reader.delta(newest.slot)[: newest.delta_bytes].copy())
-    delta.apply(MANIFEST, payload, whole)
-    for bad in (into[:0], into[:7], whole[:-1], torch.cat([whole, into[:4]]), into, torch.full_like(whole, 255)):
+    delta.apply(payload, whole)
+    for bad in (into[:7], whole[:-1], torch.cat([whole, into[:4]]), into, torch.full_like(whole, 255)):
         with pytest.raises(ValueError, match="delta|counts|offsets|change"):
-            delta.apply(MANIFEST, payload, bad)
+            delta.apply(payload, bad)
     random = np.random.default_rng(0)
     for _ in range(300):  # whatever it says, nothing outside the payload is written
         bad = whole.clone()
-        places = random.integers(8, HEAD, 3)
+        places = random.integers(0, HEAD, 3)
         bad[places] = torch.from_numpy(random.integers(0, 256, 3).astype(np.uint8))
         try:
-            delta.apply(MANIFEST, payload, bad)
+            delta.apply(payload, bad)
         except ValueError:
             continue

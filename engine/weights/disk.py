@@ -42,6 +42,8 @@ def remove(directory: Path, segment: str) -> None:
 class DiskSource:
     """A `Source` over what the publisher of `segment` writes to `directory`."""
 
+    far = True
+
     def __init__(self, directory: Path, segment: str):
         self._directory, self._segment = directory, segment
         paths = _found(directory, segment)

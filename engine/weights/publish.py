@@ -1,108 +1,145 @@
 """The learner's side: casts and checks a version into the segment in one pass, and lets generators see it whole.
 
+With several ranks each writes the rows that it holds (engine.weights.pieces), and the sums over their bytes add up.
+Rank 0 alone opens a slot before and commits it after all have written, so there is one writer: a rank that dies in
+between leaves a slot that nobody reads.
+
 Where weights travel as bfloat16 most steps change few of their bits, so a delta to the version before lies beside the
 payload, as long as it is small; readers that hold that version take the delta, others the payload.
 """
 
 from collections.abc import Iterable
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine import parallel
 from engine.ops import buckets
 from engine.weights import disk
-from engine.weights.delta import Changes, apply
+from engine.weights.delta import Changes, Worth
 from engine.weights.manifest import Manifest, WeightsError
-from engine.weights.segment import NUM_SLOTS, Header, Segment, as_hex, remove_stale
+from engine.weights.pieces import Piece, pieces
+from engine.weights.segment import NUM_SLOTS, Header, Segment, as_hex, exists, remove_stale
 
 DELTA_SHARE = 2  # a delta larger than one part in so many of the payload is not kept: one weight in four changed
+NO_SLOT = -1
+
 
 class Publisher:
-    """The one writer of the segment `name`. Removes the segments of dead jobs first.
+    """One rank's part of the writer of the segment `name`. Rank 0 creates it and removes those of dead jobs first.
 
     Raises `ConfigError` where shared memory is too small, `WeightsError` where a living job has the name.
     """
 
     def __init__(self, name: str, manifest: Manifest, *, delta: bool = False, directory: str = "") -> None:
-        """With `delta` readers get small changes alone; where there is a `directory`, each version lies there too."""
-        remove_stale()
+        """With `delta` readers get small changes alone; where there is a `directory`, each version lies there too.
+        All ranks call this alike."""
         self.name = name
         self.manifest = manifest
-        self._segment = Segment.create(name, manifest, manifest.num_bytes // DELTA_SHARE if delta else 0)
-        self._payloads = [torch.from_numpy(self._segment.payload(slot)) for slot in range(NUM_SLOTS)]
-        self._deltas = [torch.from_numpy(self._segment.delta(slot)) for slot in range(NUM_SLOTS)]
+        self._lead = parallel.rank() == 0
+        room = manifest.num_bytes // DELTA_SHARE if delta else 0
+        if self._lead:
+            remove_stale()
+        segment = self._segment = Segment.create(name, manifest, room) if self._lead else None
+        parallel.of_lead([0])  # now it is there
+        if not self._lead:
+            segment = self._segment = _joined(name)
+        self._sees = [bool(sees) for [sees] in parallel.gathered([int(segment is not None)])]
+        self._room = room // sum(self._sees) // 8 * 8  # for the delta of each rank that writes
+        slots = range(NUM_SLOTS) if segment is not None else ()
+        self._payloads = [torch.from_numpy(segment.payload(slot)) for slot in slots]
+        self._deltas = [torch.from_numpy(segment.delta(slot)) for slot in slots]
         self._directory = Path(directory) if directory else None
-        self._digests = [0] * NUM_SLOTS  # of what each slot holds
+        self._worth = Worth()
+        self._digest = 0  # of the newest version
         self.delta_bytes = 0  # of the newest version; 0 where it has none
 
     def publish(self, incarnation: int, version: int, tensors: Iterable[tuple[str, Tensor]]) -> str:
-        """Writes `tensors`, full and in manifest order, over the older version; the payload's digest as hex.
+        """Writes `tensors`, in manifest order, over the older version; the payload's digest as hex. All ranks call it
+        with their shards; incarnation and version are rank 0's.
 
         They are cast to the manifest's dtypes, from any device. Until this returns readers see what they saw before;
         if `tensors` raises or the process dies, for good. Raises `WeightsError` naming the first tensor that is not
         the manifest's, or for a version that is not newer than the newest.
         """
-        newest = self._segment.headers()[:1]
-        if newest and (incarnation, version) <= newest[0].age:
-            raise WeightsError(f"version {(incarnation, version)} published after {newest[0].age}")
-        slot = self._segment.begin()
-        base, self.delta_bytes = 0, 0
-        if newest and self._segment.delta_room:
-            base = newest[0].digest
-            self._catch_up(slot, newest[0])
-            changes = Changes(self._deltas[slot])
-            digest = write(self.manifest, self._payloads[slot], tensors, changes)
-            self.delta_bytes = changes.num_bytes
-        else:
-            digest = write(self.manifest, self._payloads[slot], tensors)
-        self._digests[slot] = digest
-        self._segment.commit(slot, incarnation, version, digest, base=base, delta_bytes=self.delta_bytes)
-        if self._directory is not None:
+        slot, base = parallel.of_lead(self._begin(incarnation, version) if self._lead else [0, 0])
+        changes = Changes(self._room) if base != NO_SLOT and self._payloads else None
+        before = self._payloads[base] if changes is not None else None
+        parts = pieces(self.manifest, tensors, self._sees)
+        total = write(self._payloads[slot] if self._payloads else None, parts, before, changes)
+        written = parallel.gathered([total, 0 if changes is None else changes.num_bytes])  # all rows are
+        digest = buckets.digest(sum(total for total, _ in written), self.manifest.num_bytes)
+        self._keep(slot, changes, [num_bytes for _, num_bytes in written])
+        if self._segment is not None and self._lead:
+            if changes is not None:
+                self._worth.tell(self.delta_bytes > 0)
+            known = 0 if changes is None else self._digest
+            self._segment.commit(slot, incarnation, version, digest, base=known, delta_bytes=self.delta_bytes)
+        self._digest = digest
+        if self._directory is not None and self._lead:
             whole = Header(slot, 0, incarnation, version, digest)
             disk.write(self._directory, self.name, whole, self.manifest, self._payloads[slot])
         return as_hex(digest)
 
-    def _catch_up(self, slot: int, newest: Header) -> None:
-        """Makes the slot's payload that of the newest version: by its delta where that fits, else by a copy."""
-        fits = newest.delta_bytes > 0 and newest.base == self._digests[slot]
-        self._digests[slot] = 0
-        if fits:
-            apply(self.manifest, self._payloads[slot], self._deltas[newest.slot][: newest.delta_bytes])
-        else:
-            self._payloads[slot].copy_(self._payloads[newest.slot])
+    def _begin(self, incarnation: int, version: int) -> list[int]:
+        """Opens a slot; and the one of the version before, where changes to it are worth looking for."""
+        assert self._segment is not None
+        newest = self._segment.headers()[:1]
+        if newest and (incarnation, version) <= newest[0].age:
+            raise WeightsError(f"version {(incarnation, version)} published after {newest[0].age}")
+        slot = self._segment.begin()
+        looks = bool(newest) and self._room > 0 and self._worth.ask()
+        return [slot, newest[0].slot if looks else NO_SLOT]
+
+    def _keep(self, slot: int, changes: Changes | None, sizes: list[int]) -> None:
+        """Writes this rank's part of the delta, where the parts of all ranks are small enough."""
+        self.delta_bytes = sum(sizes) if min(sizes) >= 0 else 0
+        if self.delta_bytes:
+            if changes is not None:
+                start = sum(sizes[: parallel.rank()])
+                changes.write(self._deltas[slot][start : start + changes.num_bytes])
+            parallel.barrier()
 
     def close(self) -> None:
         """Removes the segment; generators that opened it keep what it held."""
         self._payloads, self._deltas = [], []
-        self._segment.close()
-        if self._directory is not None:
+        if self._segment is not None:
+            self._segment.close()
+        if self._directory is not None and self._lead:
             disk.remove(self._directory, self.name)
 
 
+def _joined(name: str) -> Segment | None:
+    """The segment that rank 0 created; none where this rank is on another host."""
+    return Segment.join(name) if exists(name) else None
+
+
+def digest(manifest: Manifest, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """What a publish of `tensors` would return."""
+    payload = torch.empty(manifest.num_bytes, dtype=torch.uint8)
+    total = write(payload, pieces(manifest, tensors, [True] * parallel.num_ranks()))
+    return as_hex(buckets.digest(sum(total for [total] in parallel.gathered([total])), manifest.num_bytes))
+
+
 def write(
-    manifest: Manifest, payload: Tensor, tensors: Iterable[tuple[str, Tensor]], changes: Changes | None = None
+    payload: Tensor | None, parts: Iterable[Piece], before: Tensor | None = None, changes: Changes | None = None
 ) -> int:
-    """Makes `payload`, uint8 [manifest.num_bytes] on the host, of `tensors` as `Publisher.publish` does; its digest.
-    With `changes`, which gets them, `payload` is that of the version before."""
+    """Writes `parts` into `payload`, uint8 on the host; the sum over them, int64 mod 2^64. `changes` gets what is other
+    than in `before`. Without a payload there are no parts."""
     total = 0
-    ends = [entry.offset for entry in manifest.entries[1:]] + [manifest.num_bytes]
-    for entry, end, given in zip_longest(manifest.entries, ends, tensors):
-        name, tensor = given if given is not None else ("none", None)
-        if entry is None or tensor is None or name != entry.name or tuple(tensor.shape) != entry.shape:
-            shape = "" if tensor is None else f" {list(tensor.shape)}"
-            raise WeightsError(f"published {name}{shape}, expected {'none' if entry is None else entry}")
-        place = payload[entry.offset : end]  # padding included
-        source, dtypes = tensor.detach().contiguous(), [entry.torch_dtype]
-        if changes is not None:
-            source = source if source.is_cpu else source.to(entry.torch_dtype).cpu()
-            added, delta = buckets.flatten_delta([source], place, [0], dtypes, entry.offset, changes.room)
-            changes.append(delta)
+    for part in parts:
+        assert payload is not None
+        place, source, dtypes, start = payload[part.place], part.tensor, [part.dtype], part.place.start
+        if changes is not None and before is not None:
+            place.copy_(before[part.place])
+            source = source if source.is_cpu else source.to(part.dtype).cpu()
+            added, delta = buckets.flatten_delta([source], place, [0], dtypes, start, changes.room)
+            changes.append(part.place, delta)
             total += int(added)
             continue
         bucket = place if source.is_cpu else torch.empty_like(place, device=source.device)
-        total += int(buckets.flatten([source], bucket, [0], dtypes, position=entry.offset))
+        total += int(buckets.flatten([source], bucket, [0], dtypes, start))
         if bucket is not place:
             place.copy_(bucket)
-    return buckets.digest(total, manifest.num_bytes)
+    return (total + 2**63) % 2**64 - 2**63

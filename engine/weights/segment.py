@@ -13,7 +13,8 @@ slot whose header has an even sequence and a right `check`, copies it, finds the
 (engine.ops.buckets) equal to `digest`. The last two also cover memory that is not seen in the order in which it was
 written.
 
-The writer holds a `flock` on the file; a segment that nobody locks was left by a dead process (`remove_stale`).
+Other ranks of the writer `join` the segment and write their parts between its `begin` and its `commit`. The writer
+holds a `flock` on the file; a segment that nobody locks was left by a dead process (`remove_stale`).
 """
 
 import fcntl
@@ -73,14 +74,17 @@ class Overwritten(Exception):
 
 
 class Segment:
-    """The mapped segment: `create` it to write, `open` it to read (the mapping is then read-only)."""
+    """The mapped segment: `create` it to write, `join` it to write payload and delta of what another process created,
+    `open` it to read (the mapping is then read-only)."""
 
-    def __init__(self, name: str, fd: int, manifest: Manifest, delta_room: int, *, writable: bool) -> None:
+    def __init__(
+        self, name: str, fd: int, manifest: Manifest, delta_room: int, *, writable: bool, owned: bool = False
+    ) -> None:
         self.name = name
         self.manifest = manifest
         self.delta_room = delta_room  # bytes
         self._fd = fd
-        self._writable = writable
+        self._owned = owned
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._bytes = np.frombuffer(mmap.mmap(fd, 0, prot=protection), np.uint8)
         self._slots_at = _page_up(_MANIFEST_AT + len(manifest.encode()))
@@ -105,13 +109,22 @@ class Segment:
             ) from error
         os.pwrite(fd, encoded, _MANIFEST_AT)
         os.pwrite(fd, _PREAMBLE.pack(_MAGIC, len(encoded), delta_room), 0)
-        return cls(name, fd, manifest, delta_room, writable=True)
+        return cls(name, fd, manifest, delta_room, writable=True, owned=True)
 
     @classmethod
     def open(cls, name: str) -> Self:
         """The segment of a running job. Raises `WeightsError` where there is none of this layout."""
+        return cls._existing(name, writable=False)
+
+    @classmethod
+    def join(cls, name: str) -> Self:
+        """The segment that the writer's rank 0 created. Raises `WeightsError` where there is none."""
+        return cls._existing(name, writable=True)
+
+    @classmethod
+    def _existing(cls, name: str, *, writable: bool) -> Self:
         try:
-            fd = os.open(_path(name), os.O_RDONLY)
+            fd = os.open(_path(name), os.O_RDWR if writable else os.O_RDONLY)
         except FileNotFoundError as error:
             raise WeightsError(f"there is no segment {_path(name)}: its job has ended or is on another host") from error
         preamble = os.pread(fd, _PREAMBLE.size, 0).ljust(_PREAMBLE.size, b"\0")
@@ -119,7 +132,7 @@ class Segment:
         if magic != _MAGIC:
             os.close(fd)
             raise WeightsError(f"{_path(name)} is no segment of this layout: {magic!r}, expected {_MAGIC!r}")
-        return cls(name, fd, Manifest.decode(os.pread(fd, length, _MANIFEST_AT)), delta_room, writable=False)
+        return cls(name, fd, Manifest.decode(os.pread(fd, length, _MANIFEST_AT)), delta_room, writable=writable)
 
     def payload(self, slot: int) -> np.ndarray:
         """uint8 [manifest.num_bytes], a view of the shared memory."""
@@ -163,8 +176,8 @@ class Segment:
         words[0] = header.sequence
 
     def close(self) -> None:
-        """Lets the mapping go; the writer's also removes the file, which readers that opened it may still read."""
-        if self._writable:
+        """Lets the mapping go; its creator's also removes the file, which readers that opened it may still read."""
+        if self._owned:
             _path(self.name).unlink(missing_ok=True)
         os.close(self._fd)
         self._bytes = np.empty(0, np.uint8)

@@ -25,6 +25,7 @@ class Source(Protocol):
     """Where a subscriber reads: the segment itself, or a server in front of it."""
 
     manifest: Manifest
+    far: bool  # its bytes cost more than a copy in memory does, so deltas are worth their while
 
     def headers(self) -> list[Header]:
         """The whole versions there are now, newest first."""
@@ -59,6 +60,8 @@ def fresh(num_bytes: int) -> torch.Tensor:
 
 class SharedSource:
     """A `Source` in the memory of this host: each piece is copied and summed in one pass, without the GIL."""
+
+    far = False
 
     def __init__(self, segment: str):
         self._segment = Segment.open(segment)
@@ -102,8 +105,8 @@ class Copy:
 
 class Subscriber:
     """Stages versions from `source` in memory of the host, which `memory` gives for a number of bytes and is asked for
-    twice. The version staged last is the base of the next delta; where that is over another base, or not there, the
-    whole version is read. One call at a time; it may come from any thread."""
+    twice. The version staged last is the base of the next delta; where that is over another base, or not there, or
+    the source is near, the whole version is read. One call at a time; it may come from any thread."""
 
     def __init__(self, source: Source, memory: Memory = fresh):
         self.manifest = source.manifest
@@ -137,7 +140,7 @@ class Subscriber:
     def _copy(self, header: Header) -> Staged | None:
         """The slot's version in the memory of our oldest; none if it was overwritten meanwhile or it is damaged."""
         newest, copy = self._copies[-1], self._copies[0]
-        by_delta = header.delta_bytes > 0 and header.base == newest.digest
+        by_delta = self._source.far and header.delta_bytes > 0 and header.base == newest.digest
         copy.digest = None
         try:
             num_bytes = self._apply(header, newest, copy) if by_delta else self._read(header, copy)
@@ -163,7 +166,7 @@ class Subscriber:
             pass
         copy.become(base)
         try:
-            copy.total += apply(self.manifest, copy.payload, encoded)
+            copy.total += apply(copy.payload, encoded)
         except ValueError as error:  # it was torn while it was read: no writer makes one that does not fit
             raise Overwritten from error
         return header.delta_bytes

@@ -86,6 +86,8 @@ class Server:
 class TcpSource:
     """A `Source` behind a `Server` at `address`. Every wait ends after `timeout_s` seconds with a `WeightsError`."""
 
+    far = True
+
     def __init__(self, address: str, timeout_s: float, key: JoinKey | None = None) -> None:
         self._address = address
         self._key = key
