@@ -41,7 +41,7 @@ run: install
 
 test:
 	$(MAKE) -j2 install sglang
-	$(BIN)/python -m pytest -q --ignore=tests/test_multinode.py
+	$(BIN)/python -m pytest -q --durations=25 --ignore=tests/test_multinode.py
 
 multinode: install
 	$(BIN)/python -m pytest -q -m multinode

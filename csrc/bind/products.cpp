@@ -18,10 +18,10 @@ namespace {
 constexpr int64_t PANEL = 1 << 20;
 // Rows of the weight that a thread takes at a time: products with fewer are slower. The hidden states' gradient has a
 // sum for each such part.
-constexpr int64_t PART = 1 << 14;
+constexpr int64_t PART = 20000;
 
 // Panels are as many as a multiple of this, of equal size, so that most numbers of threads get as much work each.
-constexpr int64_t ROUND = 12;
+constexpr int64_t ROUND = 4;
 
 // [0, size) in panels of at most `most`, two at least: in a lone one the BLAS would use threads of its own and sum in an
 // order that depends on their number.
