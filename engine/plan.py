@@ -1,12 +1,13 @@
 """What a job would do, told before it starts: roles, sizes, tickets, memory."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from engine.algorithms.method import compose
-from engine.config import Config
+from engine.config import Algorithm, Config, Optimizer, Slot
 from engine.head import HEADS
 from engine.placement import Seat
 from engine.policy import manifest_of, named_tensors
@@ -23,11 +24,16 @@ def describe(config: Config, seat: Seat, policy: PreTrainedModel, prompts: Promp
     longest = completions * config.generator.max_new_tokens
     domains = ", ".join(f"{domain.name} {domain.weight:g}" for domain in config.domains)
     mixture = config.curriculum.mixture["name"]
+    name = "/".join(Path(config.model.path).parts[-2:]) or "made here"  # of a later stage: the one before
     rows = {
         "run": run.name,
         "roles": f"{seat.num_learners} learner rank(s), {generators} generator(s) of {config.generator.slots} slots",
-        "model": f"{parameters:,} parameters, {type(policy).__name__}, context {config.model.context}",
+        "model": f"{name}: {parameters:,} parameters, {type(policy).__name__}, context {config.model.context}",
         "domains": f"{domains}, {mixture}; {len(prompts.held_out())} held-out prompts x {config.evaluation.samples}",
+        "drawn": _drawn(config),
+        "answers": f"at most {config.generator.max_new_tokens:,} tokens, {_temperature(config)}",
+        "method": _method(config.algorithm),
+        "rate": _rate(config.learner),
         "a step": f"{run.groups_per_step} groups x {run.group_size} = {completions} completions, "
         f"at most {longest:,} answer tokens, {config.learner.updates_per_step} update(s)",
         "steps": f"{run.steps}, {run.steps * run.groups_per_step:,} groups",
@@ -36,11 +42,46 @@ def describe(config: Config, seat: Seat, policy: PreTrainedModel, prompts: Promp
         "memory": ", ".join(f"{role} {size / 2**20:,.0f} MiB" for role, size in memory(config, seat, policy).items()),
     }
     if compose(config.algorithm).needs_critic:
-        rows["critic"] = f"begins as {config.critic.path or 'the policy'}, {config.critic.pretrain_steps} steps alone"
+        begins = f"begins as {config.critic.path or 'the policy'}, {config.critic.pretrain_steps} steps alone"
+        rows["critic"] = f"{begins}, rate {_rate(config.critic)}"
     for entry in config.schedule:
         rows[f"from step {entry['step']}"] = ", ".join(_changes(entry))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def _drawn(config: Config) -> str:
+    """Which prompts come, and which groups are trained."""
+    low, high = config.curriculum.pass_rate
+    bounds = {"pass rate": (low, high)} if (low, high) != (0.0, 1.0) else {}
+    wanted = [f"{name} {least:g} to {most:g}" for name, (least, most) in (bounds | config.curriculum.columns).items()]
+    uniform = "uniform groups are filtered" if config.algorithm.filter_uniform else "uniform groups stay"
+    return f"{', '.join(wanted) or 'all prompts'}; {uniform}"
+
+
+def _temperature(config: Config) -> str:
+    target = config.generator.target_entropy
+    return f"temperature {config.generator.temperature:g}{f' and what keeps {target:g} nats a token' if target else ''}"
+
+
+def _method(algorithm: Algorithm) -> str:
+    """The slots that do something, and the terms of the loss beside them."""
+    kl = [algorithm.kl] if algorithm.kl["coefficient"] != 0 else []
+    correction = [algorithm.correction] if algorithm.correction["name"] != "none" else []
+    slots = [algorithm.advantage, *algorithm.penalties, *correction, algorithm.loss, algorithm.aggregate, *kl]
+    terms = [f"{name} {value:g}" for name in ("entropy", "imitation") if (value := getattr(algorithm, name))]
+    controls = [name for name in ("overlong_filter", "shuffle_rewards") if getattr(algorithm, name)]
+    return ", ".join([*map(_slot, slots), *terms, *controls])
+
+
+def _slot(slot: Slot) -> str:
+    values = ", ".join(f"{name} {value}" for name, value in slot.items() if name != "name")
+    return f"{slot['name']} ({values})" if values else slot["name"]
+
+
+def _rate(settings: Optimizer) -> str:
+    warmup = f" after {settings.warmup_steps} updates of warm-up" if settings.warmup_steps else ""
+    return f"{settings.lr:g}, {settings.schedule}{warmup}"
 
 
 def _changes(table: dict[str, Any], inside: str = "") -> Iterator[str]:

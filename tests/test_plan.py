@@ -33,17 +33,44 @@ def rows(*overrides: str, ranks: int = 1) -> dict[str, str]:
 def test_numbers_of_the_plan() -> None:
     plan = rows("run.max_staleness=3", "learner.updates_per_step=2", "generator.slots=5")
     assert plan["roles"] == "1 learner rank(s), 1 generator(s) of 5 slots"
-    assert plan["model"] == f"{PARAMETERS:,} parameters, Qwen3ForCausalLM, context 32"
+    assert plan["model"] == f"made here: {PARAMETERS:,} parameters, Qwen3ForCausalLM, context 32"
     assert plan["domains"] == "d 1, static; 6 held-out prompts x 4"
     assert plan["a step"] == "2 groups x 4 = 8 completions, at most 64 answer tokens, 2 update(s)"
     assert plan["steps"] == "10, 20 groups"
     assert plan["tickets"] == "(max_staleness 3 + 1) x 2 = 8 groups at once"
 
 
+def test_the_method_is_told_without_what_does_nothing() -> None:
+    assert rows()["method"] == "group_norm, reinforce, token_mean"
+    plan = rows(
+        "algorithm.loss={ name = 'ppo_clip', low = 0.2, high = 0.28 }",
+        "algorithm.correction={ name = 'tis', cap = 2.0 }",
+        "algorithm.penalties=[{ name = 'overlong', limit = 8, buffer = 2 }]",
+        "algorithm.kl={ name = 'k3', coefficient = 0.04 }",
+        "algorithm.imitation=0.1",
+        "algorithm.overlong_filter=true",
+    )
+    assert plan["method"] == (
+        "group_norm, overlong (limit 8, buffer 2), tis (cap 2.0), ppo_clip (low 0.2, high 0.28), token_mean, "
+        "k3 (coefficient 0.04), imitation 0.1, overlong_filter"
+    )
+
+
+def test_what_is_drawn_sampled_and_how_fast_is_learned() -> None:
+    plan = rows("learner.schedule=cosine", "learner.warmup_steps=5", "generator.temperature=0.6")
+    assert plan["drawn"] == "all prompts; uniform groups are filtered"
+    assert plan["answers"] == "at most 8 tokens, temperature 0.6"
+    assert plan["rate"] == "0.01, cosine after 5 updates of warm-up"
+    bounds = "curriculum.pass_rate=[0.0, 0.375]", "curriculum.columns={ difficulty = [0, 5] }"
+    plan = rows(*bounds, "algorithm.filter_uniform=false", "generator.target_entropy=0.3")
+    assert plan["drawn"] == "pass rate 0 to 0.375, difficulty 0 to 5; uniform groups stay"
+    assert plan["answers"] == "at most 8 tokens, temperature 1 and what keeps 0.3 nats a token"
+
+
 def test_what_a_critic_and_a_schedule_add() -> None:
     schedule = "schedule=[{ step = 3, run = { group_size = 8 }, generator = { temperature = 0.5 } }]"
     plan = rows("algorithm.advantage={ name = 'gae' }", "critic.pretrain_steps=5", schedule)
-    assert plan["critic"] == "begins as the policy, 5 steps alone"
+    assert plan["critic"] == "begins as the policy, 5 steps alone, rate 2e-06, constant"
     assert plan["from step 3"] == "run.group_size = 8, generator.temperature = 0.5"
     assert "critic" not in rows()
     with_critic = memory(*job("algorithm.advantage={ name = 'gae' }"))["learner"]

@@ -56,7 +56,10 @@ def test_a_recipe_is_checked_and_tells_its_plan(name, tmp_path, monkeypatch, cap
     assert launch.main([str(CONFIGS / f"{name}.toml"), "--dry-run"]) == 0, capsys.readouterr().err
     plan = capsys.readouterr().out
     plans = [text for text in plan.split("\n\n") if text]
-    for stage, text in zip(stages.configs(config), plans, strict=True):
+    models = [config.model.path, *(f"{number}-{stage['name']}/export" for number, stage in enumerate(config.stages, 1))]
+    for stage, text, model in zip(stages.configs(config), plans, models[: len(plans)], strict=True):
+        assert f"{model}: " in text
+        assert f"at most {stage.generator.max_new_tokens:,} tokens, temperature {stage.generator.temperature:g}" in text
         num_groups, size = stage.run.groups_per_step, stage.run.group_size
         assert f"{num_groups} groups x {size} = {num_groups * size} completions" in text
         assert f"{stage.learner.updates_per_step} update(s)" in text

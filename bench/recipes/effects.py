@@ -10,6 +10,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -20,180 +23,323 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench import results  # noqa: E402
-from bench.recipes.loop import Loop  # noqa: E402
+from bench.recipes import sampler  # noqa: E402
+from bench.recipes.loop import steps  # noqa: E402
 from engine.config import load  # noqa: E402
 
 TINY = ROOT / "configs" / "tiny"
-LAST = 5  # steps at the end that a curve is judged by
+ENDS = 10  # steps at either end that a curve is judged by
+
+Rows = list[dict[str, Any]]  # one a step
+Curves = dict[str, list[Rows]]  # by arm and seed
+READ: dict[str, Callable[[list[float]], float]] = {  # what of a curve is told
+    "first": lambda values: mean(values[:ENDS]),
+    "last": lambda values: mean(values[-ENDS:]),
+    "mean": mean,
+    "total": sum,
+}
+
+
+class Arm(NamedTuple):
+    overrides: list[str]
+    lag: int = 0  # versions
+    recipe: str = ""  # other than the effect's
 
 
 class Effect(NamedTuple):
     claim: str
-    recipe: str
-    common: list[str]  # overrides of all arms
-    arms: dict[str, tuple[int, list[str]]]  # lag and overrides; the first is the reference
-    figures: list[str]  # of each step, drawn; the first is what the table tells
+    told: list[tuple[str, str]]  # figure of a step, and what of its curve (see READ); each figure is drawn
+    curves: Callable[[list[int], bool], Curves]  # (seeds, quick) -> the curves of all arms, the reference's first
 
 
-def staleness(name: str, slot: str) -> dict[str, tuple[int, list[str]]]:
-    arms = (0, 4, 16)
-    return {f"{name}, {lag} versions": (lag, [f"--algorithm.correction={slot}"]) for lag in arms}
-
-
-DAPO = ["--learner.updates_per_step=4", "--algorithm.penalties=[]", "--run.max_staleness=32", "--learner.lr=1e-3"]
-EFFECTS = {
-    "value_pretraining": Effect(
-        "A critic that was trained before the policy moves explains more, and the policy gains by it.",
-        "vapo",
-        ["--learner.updates_per_step=4"],
-        {
-            "none": (0, ["--critic.pretrain_steps=0", "--run.steps=20"]),
-            "8 steps": (0, ["--critic.pretrain_steps=8", "--run.steps=28"]),
-        },
-        ["explained_variance", "reward"],
-    ),
-    "decoupled_gae": Effect(
-        "With targets of lambda 1 the critic learns faster than with targets of lambda 0.95, more so for long answers.",
-        "vapo",
-        ["--critic.pretrain_steps=0", "--run.steps=16", "--learner.updates_per_step=4", "--warm_start.steps=40"],
-        {
-            f"{words}-letter words, lambda {lam}": (
-                0,
-                [
-                    f"--algorithm.advantage={{ name = 'gae', lambda_critic = {lam}, lambda_policy = 0.95 }}",
-                    f"--domains.0.options={{ min_word_len = {words}, max_word_len = {words} }}",
-                    "--domains.0.reward=agreement",
-                ],
-            )
-            for words in (3, 8)
-            for lam in (0.95, 1.0)
-        },
-        ["explained_variance", "reward"],
-    ),
-    "updates": Effect(
-        "Four updates a batch lose entropy faster than one.",
-        "grpo",
-        ["--run.steps=30", "--algorithm.kl.coefficient=0"],
-        {f"{n} updates": (0, [f"--learner.updates_per_step={n}"]) for n in (1, 4)},
-        ["entropy", "reward"],
-    ),
-    "dense_rewards": Effect(
-        "Where hardly any answer is right, dense rewards teach and sparse ones do not.",
-        "grpo",
-        [
-            "--run.steps=40",
-            "--run.group_size=8",
-            "--algorithm.kl.coefficient=0",
-            "--warm_start.steps=40",
-            "--domains.0.options={ min_word_len = 5, max_word_len = 5 }",
-        ],
-        {"sparse": (0, ["--domains.0.reward=exact"]), "dense": (0, ["--domains.0.reward=agreement"])},
-        ["accuracy", "reward"],
-    ),
-    "length_curriculum": Effect(
-        "A short budget first and the long one later comes as far as the long one from the start, with fewer tokens.",
-        "grpo",
-        ["--run.steps=30", "--algorithm.kl.coefficient=0", "--generator.max_new_tokens=20", "--warm_start.steps=50"],
-        {
-            "20 tokens": (0, []),
-            "6, then 20": (
-                0,
-                [
-                    "--generator.max_new_tokens=6",
-                    "--schedule=[{ step = 15, generator = { max_new_tokens = 20 } }]",
-                ],
-            ),
-        },
-        ["reward", "length"],
-    ),
-    "staleness": Effect(
-        "Decoupling, and truncated weights, keep what staleness takes away.",
-        "dapo",
-        [*DAPO, "--run.steps=40"],
-        {
-            **staleness("none", "{ name = 'none' }"),
-            **staleness("decoupled", "{ name = 'decoupled' }"),
-            **staleness("tis", "{ name = 'tis', cap = 2.0 }"),
-        },
-        ["reward", "entropy"],
-    ),
-}
-
-
-def run(effect: Effect, seeds: list[int], quick: bool) -> dict[str, list[list[dict[str, Any]]]]:
-    """Every step's figures, by arm and seed."""
-    found: dict[str, list[list[dict[str, Any]]]] = {}
-    for name, (lag, overrides) in effect.arms.items():
+def trained(recipe: str, common: list[str], arms: dict[str, Arm], seeds: list[int], quick: bool) -> Curves:
+    """Every arm trained; of a critic's pretraining nothing is told."""
+    found: Curves = {}
+    for name, arm in arms.items():
         found[name] = []
         for seed in seeds:
-            settings = [*effect.common, *overrides, f"--run.seed={seed}", *(["--run.steps=2"] if quick else [])]
-            started = time.process_time()
-            rows = list(Loop(load(TINY / f"{effect.recipe}.toml", settings), lag).steps())
-            found[name].append([{key: row[key] for key in effect.figures if key in row} for row in rows])
+            started, alone = time.process_time(), ["--critic.pretrain_steps=0"] if quick else []
+            path = TINY / f"{arm.recipe or recipe}.toml"
+            config = load(path, [*common, *arm.overrides, f"--run.seed={seed}", *alone])
+            rows = islice(steps(config, arm.lag), config.critic.pretrain_steps, 2 if quick else None)
+            found[name].append(list(rows))
             print(f"{name}, seed {seed}: {time.process_time() - started:.0f} s", flush=True)
     return found
 
 
-def ends(curves: list[list[dict[str, Any]]], figure: str) -> list[float]:
-    """The mean of the last steps, by seed."""
-    return [mean(row[figure] for row in rows[-LAST:] if figure in row) for rows in curves]
+def callable_domain(name: str, task: str, options: str, reward: str, reward_options: str = "{}") -> str:
+    place = "bench.recipes.tasks:"
+    return (
+        f"{{ name = '{name}', source = 'callable', task = '{place}{task}', options = {options}, "
+        f"reward = '{place}{reward}', reward_options = {reward_options} }}"
+    )
 
 
-def draw(effect: Effect, found: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
-    """A panel a figure: the mean over seeds, and in pale each seed."""
+def thinking(name: str, chance: str, mark: str, shortest: int, longest: int, limit: int) -> str:
+    options = f"{{ mark = '{mark}', shortest = {shortest}, longest = {longest} }}"
+    return callable_domain(name, "thinking", options, "thought", f"{{ chance = '{chance}', limit = {limit} }}")
+
+
+# ---- the arms --------------------------------------------------------------------------------------------------
+
+LIMIT, BUFFER = 32, 16  # of the penalties' tokens
+PENALTIES = {"none": "", "plain": "{ name = 'overlong', ", "difficulty-aware": "{ name = 'difficulty_aware', "}
+
+
+def penalty_arms() -> dict[str, Arm]:
+    """No penalty, the plain and the difficulty-aware one, where hard prompts need long answers and where these help
+    a little."""
+    arms = {}
+    for chance in ("steep", "gentle"):
+        easy, hard = thinking("easy", "easy", "aaaa", 4, 24, LIMIT), thinking("hard", chance, "hhhh", 18, 31, LIMIT)
+        for name, slot in PENALTIES.items():
+            slots = f"[{slot}limit = {LIMIT}, buffer = {BUFFER} }}]" if slot else "[]"
+            arms[f"{name}, {chance}"] = Arm([f"--domains=[{easy}, {hard}]", f"--algorithm.penalties={slots}"])
+    return arms
+
+
+def lambda_arms() -> dict[str, Arm]:
+    """Answers of one length, right in nine cases of ten or in one: the prompt says which, its value is to be found."""
+    arms = {}
+    for length in (8, 32, 96):
+        domains = [
+            thinking(name, name, mark, length, length, length + 2)
+            for name, mark in {"likely": "aaaa", "unlikely": "hhhh"}.items()
+        ]
+        for lam in (0.95, 1.0):
+            slot = f"{{ name = 'gae', lambda_critic = {lam}, lambda_policy = 0.95 }}"
+            overrides = [f"--domains=[{', '.join(domains)}]", f"--generator.max_new_tokens={length + 2}"]
+            arms[f"{length} tokens, lambda {lam}"] = Arm([*overrides, f"--algorithm.advantage={slot}"])
+    return arms
+
+
+def staleness_arms() -> dict[str, Arm]:
+    slots = {"none": "{ name = 'none' }", "decoupled": "{ name = 'decoupled' }", "tis": "{ name = 'tis', cap = 2.0 }"}
+    return {
+        f"{name}, {lag} versions": Arm([f"--algorithm.correction={slot}"], lag)
+        for name, slot in slots.items()
+        for lag in (0, 4, 16)
+    }
+
+
+ALONE = "--stages=[]"
+
+
+def words(shortest: int, longest: int, **rewards: str) -> str:
+    """Domains of words to be spelled backwards, by name and reward."""
+    task = "source = 'reasoning_gym', task = 'spell_backward', question = '{word}='"
+    options = f"options = {{ min_word_len = {shortest}, max_word_len = {longest} }}"
+    domains = [f"{{ name = '{name}', {task}, {options}, {reward} }}" for name, reward in rewards.items()]
+    return f"--domains=[{', '.join(domains)}]"
+
+
+EXACT, DENSE = "reward = 'exact'", "reward = 'agreement'"
+PARTS = f"{DENSE}, reward_options = {{ parts = 3 }}"
+RAMBLING = callable_domain("words", "rambling", "{ letters = [3, 6], dots = [0, 12] }", "after_dots")
+
+EFFECTS = {
+    "value_pretraining": Effect(
+        "A critic that was trained before the policy moves explains more, and the policy gains by it.",
+        [("explained_variance", "first"), ("explained_variance", "last"), ("reward", "mean"), ("reward", "last")],
+        partial(
+            trained,
+            "vapo",
+            ["--learner.updates_per_step=4", "--run.groups_per_step=32"],
+            {
+                "none": Arm(["--critic.pretrain_steps=0", "--run.steps=80"]),
+                "20 steps": Arm(["--critic.pretrain_steps=20", "--run.steps=100"]),
+            },
+        ),
+    ),
+    "decoupled_gae": Effect(
+        "Of a policy that stands still, targets of lambda 1 teach the critic faster than those of 0.95, more so the "
+        "longer the answers.",
+        [("explained_variance", "mean"), ("explained_variance", "last")],
+        partial(
+            trained,
+            "vapo",
+            [
+                *("--critic.pretrain_steps=0", "--run.steps=40", "--run.group_size=2", "--learner.updates_per_step=4"),
+                *("--learner.lr=1e-12", "--model.context=128", "--warm_start.steps=60"),
+            ],
+            lambda_arms(),
+        ),
+    ),
+    "length_curriculum": Effect(
+        "A short budget first and the long one later comes further than the long one from the start, on fewer tokens.",
+        [("accuracy", "mean"), ("accuracy", "last"), ("length", "last"), ("tokens", "total")],
+        partial(
+            trained,
+            "acereason",
+            [ALONE, f"--domains=[{RAMBLING}]", "--model.tokenizer.alphabet=abcdefgh=.", "--run.steps=90"],
+            {
+                "20 tokens": Arm(["--generator.max_new_tokens=20"]),
+                "8, 14, then 20": Arm(
+                    [
+                        "--generator.max_new_tokens=8",
+                        "--schedule=[{ step = 30, generator = { max_new_tokens = 14 } }, "
+                        "{ step = 60, generator = { max_new_tokens = 20 } }]",
+                    ]
+                ),
+            },
+        ),
+    ),
+    "updates": Effect(
+        "Four updates a batch lose entropy faster than one.",
+        [("entropy", "mean"), ("entropy", "last"), ("reward", "last")],
+        partial(
+            trained,
+            "acereason",
+            [ALONE, words(3, 4, math=EXACT), "--run.steps=100", "--run.group_size=8", "--learner.lr=5e-4"],
+            {
+                "1 update": Arm(["--learner.updates_per_step=1"]),
+                "4 updates": Arm(["--learner.updates_per_step=4", "--algorithm.loss={ name = 'ppo_clip' }"]),
+                "4 updates, clip-higher": Arm(
+                    [
+                        "--learner.updates_per_step=4",
+                        "--algorithm.loss={ name = 'ppo_clip', low = 0.2, high = 0.28 }",
+                    ]
+                ),
+            },
+        ),
+    ),
+    "dense_rewards": Effect(
+        "Where hardly any answer is right, dense rewards before sparse ones teach what sparse ones alone do not.",
+        [("accuracy", "mean"), ("accuracy", "last")],
+        partial(
+            trained,
+            "exprl",
+            ["--run.steps=100", "--stages.1.run.steps=60", "--warm_start.steps=60"],
+            {
+                "sparse throughout": Arm([words(6, 6, judged=EXACT, verified=EXACT)]),
+                "dense by outcome": Arm([words(6, 6, judged=DENSE, verified=EXACT)]),
+                "dense by process": Arm([words(6, 6, judged=PARTS, verified=EXACT)], recipe="exprl_process"),
+            },
+        ),
+    ),
+    "length_penalties": Effect(
+        "The difficulty-aware penalty shortens answers as the plain one does, and spares the hard prompts.",
+        [(f"{name}/{domain}", "last") for name in ("accuracy", "length") for domain in ("easy", "hard")],
+        partial(
+            trained,
+            "apriel",
+            [
+                *("--run.steps=40", f"--generator.max_new_tokens={LIMIT}", "--model.context=40"),
+                "--warm_start.steps=120",
+            ],
+            penalty_arms(),
+        ),
+    ),
+    "staleness": Effect(
+        "Decoupling, and truncated weights, keep what staleness takes away.",
+        [("reward", "mean"), ("reward", "last"), ("entropy", "last")],
+        partial(
+            trained,
+            "dapo",
+            [
+                *("--learner.updates_per_step=4", "--algorithm.penalties=[]", "--run.max_staleness=32"),
+                *("--learner.lr=1e-3", "--run.steps=80"),
+            ],
+            staleness_arms(),
+        ),
+    ),
+    "sampler": Effect(
+        "Among what is trained, shares of one half: times of 1 to 10 pass, losses of 10% and 70% only a deficit mends.",
+        [("share", "first"), ("share", "last")],
+        lambda seeds, quick: sampler.curves(ROOT, seeds, 200 if quick else 3200),
+    ),
+}
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------------
+
+
+def values(rows: Rows, figure: str) -> list[float]:
+    return [row[figure] for row in rows if figure in row]
+
+
+def table(effect: Effect, found: Curves) -> list[dict[str, Any]]:
+    """A row for each arm and figure; `apart` where no seed of the arm lies among the reference's."""
+    reference, *_ = found
+    rows = []
+    for arm, curves in found.items():
+        for figure, read in effect.told:
+            ours, theirs = (
+                [READ[read](values(each, figure)) for each in side if values(each, figure)]
+                for side in (curves, found[reference])
+            )
+            if not ours or not theirs:
+                continue
+            rows.append(
+                {
+                    "case": arm,
+                    "metric": f"{figure}, {read}",
+                    "ours": mean(ours),
+                    "reference": mean(theirs),
+                    "reference_name": reference,
+                    "ratio": mean(ours) / mean(theirs) if mean(theirs) else 0.0,
+                    "goal": None,
+                    "seeds": ours,
+                    "apart": min(ours) > max(theirs) or max(ours) < min(theirs),
+                }
+            )
+    return rows
+
+
+def draw(effect: Effect, found: Curves, path: Path) -> None:
+    """A panel a figure: the mean over seeds of what a few steps average to, and in pale from the least to the most."""
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(effect.figures), figsize=(6 * len(effect.figures), 4), layout="constrained")
-    figure.suptitle(effect.claim, fontsize=10)
-    for axis, name in zip(axes, effect.figures, strict=True):
+    names = list(dict.fromkeys(figure for figure, read in effect.told if read != "total"))
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(5 * len(names), 4.2), layout="constrained", squeeze=False, sharex=True
+    )
+    figure.suptitle(effect.claim, fontsize=11)
+    for axis, name in zip(axes[0], names, strict=True):
         for arm, curves in found.items():
-            series = [[row.get(name, float("nan")) for row in rows] for rows in curves]
-            (line,) = axis.plot([mean(values) for values in zip(*series, strict=True)], label=arm)
-            for values in series:
-                axis.plot(values, color=line.get_color(), alpha=0.2, linewidth=0.7)
+            seeds = np.array([smooth([row.get(name, float("nan")) for row in rows]) for rows in curves])
+            (line,) = axis.plot(seeds.mean(0), label=arm, linewidth=1.6)
+            axis.fill_between(range(seeds.shape[1]), seeds.min(0), seeds.max(0), color=line.get_color(), alpha=0.12)
         axis.set_title(name.replace("_", " "), loc="left", fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def smooth(curve: list[float], width: int = 7) -> list[float]:
+    """Means over the `width` values around each, fewer at the ends."""
+    half = width // 2
+    return [mean(curve[max(0, place - half) : place + half + 1]) for place in range(len(curve))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EFFECTS))
     parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="two steps of one seed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = [0] if arguments.quick else [0, 1, 2]
     for name in arguments.names or EFFECTS:
         effect = EFFECTS[name]
-        found = run(effect, seeds, arguments.quick)
-        reference, *_ = found
-        rows = []
-        for arm, curves in found.items():
-            for figure in effect.figures:
-                ours, theirs = ends(curves, figure), ends(found[reference], figure)
-                rows.append(
-                    {
-                        "case": arm,
-                        "metric": f"{figure}, last {LAST} steps",
-                        "ours": mean(ours),
-                        "reference": mean(theirs),
-                        "reference_name": reference,
-                        "ratio": mean(ours) / mean(theirs) if mean(theirs) else float("nan"),
-                        "goal": None,
-                        "seeds": ours,
-                    }
-                )
-        path = results.keep(f"recipes-{name}", "cpu", rows, claim=effect.claim, curves=found)
-        text = json.loads(path.read_text())
-        path.write_text(json.dumps(text) + "\n")  # curves make it long: one line
+        found = effect.curves(list(range(1 if arguments.quick else arguments.seeds)), arguments.quick)
+        curves = {arm: [brief(effect, rows) for rows in curves] for arm, curves in found.items()}
+        path = results.keep(f"recipes-{name}", "cpu", table(effect, found), claim=effect.claim, curves=curves)
+        path.write_text(json.dumps(json.loads(path.read_text())) + "\n")  # curves make it long: one line
         draw(effect, found, path.with_suffix(".png"))
+
+
+def brief(effect: Effect, rows: Rows) -> Rows:
+    """What is kept of a curve."""
+    names = dict.fromkeys(figure for figure, _ in effect.told)
+    return [{name: round(row[name], 5) for name in names if name in row} for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""Tasks of which it is known what an answer's length is worth, for effects that are about length."""
+
+import hashlib
+import math
+from random import Random
+from typing import Any
+
+LETTERS = "abcdefgh"
+CHANCES = {  # of a right answer, by the share of the token limit that it takes
+    "easy": lambda share: 1 - math.exp(-10 * share),
+    "steep": lambda share: 0.9 / (1 + math.exp(-25 * (share - 0.7))),
+    "gentle": lambda share: 0.6 * share,
+    "likely": lambda share: 0.9,
+    "unlikely": lambda share: 0.1,
+}
+
+
+def thinking(seed: int, index: int, *, mark: str, shortest: int, longest: int) -> dict[str, Any]:
+    """A prompt that begins with its kind's `mark`; demonstrations are of `shortest` to `longest` letters."""
+    random = Random(f"{seed} {index}")
+    asked = "".join(random.choices(LETTERS, k=4))
+    thought = "".join(random.choices(LETTERS, k=random.randint(shortest, longest)))
+    return {"prompt": f"{mark}{asked}=", "answer": "none", "demonstration": thought}
+
+
+def thought(prompt: str, completion: str, answer: str, *, chance: str, limit: int, **fields: Any) -> float:
+    """1 with a chance that follows from the length alone, always alike for the same letters; 0 where cut off."""
+    drawn = hashlib.blake2b(f"{prompt}{completion}".encode(), digest_size=8).digest()
+    luck = int.from_bytes(drawn, "big") / 2**64
+    return float(len(completion) < limit and luck < CHANCES[chance](len(completion) / limit))
+
+
+def rambling(seed: int, index: int, *, letters: list[int], dots: list[int]) -> dict[str, Any]:
+    """A word to be spelled backwards, which demonstrations do after some dots that are good for nothing."""
+    random = Random(f"{seed} {index}")
+    word = "".join(random.choices(LETTERS, k=random.randint(*letters)))
+    return {"prompt": f"{word}=", "answer": word[::-1], "demonstration": "." * random.randint(*dots) + word[::-1]}
+
+
+def after_dots(prompt: str, completion: str, answer: str, **fields: Any) -> float:
+    """1 where what follows the leading dots is the answer."""
+    return float(completion.lstrip(".") == answer)
