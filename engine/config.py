@@ -160,6 +160,7 @@ class Critic(Optimizer, kw_only=True):
     """The value model, where `algorithm.advantage` needs one."""
 
     path: str = ""  # a reward model or an exported critic in Hugging Face format; empty: it begins as the policy
+    shared: bool = False  # no backbone of its own: a head on the policy's hidden states, which it does not change
     pretrain_steps: Natural = 0  # takes at the start that train the critic alone, on Monte-Carlo returns
     lr: Positive = 2e-6
 
@@ -399,6 +400,8 @@ def check(config: Config) -> None:
     for number, domain in enumerate(config.domains):
         if domain.eval_path and domain.source != "file":
             raise ConfigError(f"domains.{number}.eval_path = {domain.eval_path!r}: only where source = 'file'")
+    if config.critic.shared and config.critic.path:
+        raise ConfigError(f"critic.path = {config.critic.path!r}: a shared critic has no model of its own")
     if config.learner.updates_per_step > config.run.groups_per_step:
         raise ConfigError(
             f"learner.updates_per_step = {config.learner.updates_per_step}: must be at most run.groups_per_step = "

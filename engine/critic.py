@@ -1,4 +1,7 @@
-"""The critic: a backbone of its own that says of every token what reward the rest of the answer will bring.
+"""The critic says of every token what reward the rest of the answer will bring.
+
+It has a backbone of its own; or, under `critic.shared`, no more than a head that reads the policy's hidden states: then
+it costs next to nothing, knows what the policy's features tell, and its errors move no weight of the policy.
 
 Its value stands at the hidden state that predicts the token, before the token is known. It is trained by regression on
 the targets that the advantage slot names, with an optimiser of its own, and may be trained alone for a while before the
@@ -34,40 +37,74 @@ from engine.policy import Batch, blocks, recompute_activations
 HEAD = "score.weight"  # the head's name in a checkpoint of Hugging Face's sequence classification, with one label
 
 Targets = list[Tensor]  # by micro-batch of one update: [n], of its unmasked tokens
+Hidden = Callable[[Batch], Tensor]  # the policy's hidden states [N, H] that predict a batch's targets
 Advantages = Callable[..., tuple[Tensor, Tensor]]  # see engine.algorithms.advantages, by token
 
 
 class Values(nn.Module):
-    """Backbone and head in one forward, as FSDP2 wants it: a batch's targets [N] -> their values [N]."""
+    """Hidden states and head in one forward, as FSDP2 wants it: a batch's targets [N] -> their values [N]."""
 
-    def __init__(self, backbone: PreTrainedModel, head: Tensor):
+    def __init__(self, head: Tensor):
         super().__init__()
-        self.backbone = backbone
         self.score = nn.Linear(head.shape[1], 1, bias=False, device=head.device, dtype=head.dtype)
         self.score.weight.data = head
 
     def forward(self, batch: Batch) -> Tensor:
+        return self.score(self.hidden(batch).to(self.score.weight.dtype)).squeeze(1)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[N, H]: those that predict the targets."""
+        raise NotImplementedError
+
+
+class Own(Values):
+    """On a backbone of the critic's own."""
+
+    def __init__(self, backbone: PreTrainedModel, head: Tensor):
+        super().__init__(head)
+        self.backbone = backbone
+
+    def hidden(self, batch: Batch) -> Tensor:
         hidden = hidden_states(self.backbone, batch.token_ids, batch.position_ids, batch.layout)
-        rows = hidden.index_select(0, batch.rows).to(self.score.weight.dtype)
-        return self.score(rows).squeeze(1)
+        return hidden.index_select(0, batch.rows)
+
+
+class Shared(Values):
+    """On the policy's backbone, whose parameters are not the critic's."""
+
+    def __init__(self, read: Hidden, head: Tensor):
+        super().__init__(head)
+        self._read = read
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        return self._read(batch)
 
 
 class Critic:
     """Owns the values and their optimiser. With several ranks, each of them calls every method, in the same order."""
 
-    def __init__(self, config: Config, policy: PreTrainedModel, advantages: Advantages, *, device: torch.device):
-        """Begins as the model in `critic.path`, or as `policy`, whole and on `device`, with values of 0."""
+    def __init__(
+        self, config: Config, policy: PreTrainedModel, advantages: Advantages, *, device: torch.device, read: Hidden
+    ):
+        """Begins as the model in `critic.path`, or as `policy`, whole and on `device`, with values of 0; where it is
+        shared, `read` gives it what `policy` has."""
         self._settings, self._advantages, self._device = config.critic, advantages, device
         self._max_bad = config.learner.max_bad_updates
         self._total_updates = config.run.steps * config.learner.updates_per_step
         self.updates = self.bad_in_a_row = 0
-        backbone, head = _from_path(config, policy) if config.critic.path else _from_policy(policy)
-        self._values = Values(fusion.use(backbone, config.ops.backend), head).to(device).eval()
-        if config.learner.activation_checkpointing:
-            recompute_activations(backbone)
+        if config.critic.shared:
+            self._backbone, inner = policy.base_model, []
+            self._values: Values = Shared(read, _head(policy)).to(device)
+        else:
+            self._backbone, head = _from_path(config, policy) if config.critic.path else _from_policy(policy)
+            self._values = Own(fusion.use(self._backbone, config.ops.backend), head).to(device).eval()
+            inner = blocks(self._backbone)
+            if config.learner.activation_checkpointing:
+                recompute_activations(self._backbone)
         if parallel.num_ranks() > 1 or device.type == "cuda":
             precision = {"mixed_precision": config.learner.mixed_precision, "exact_root": True}
-            parallel.shard(self._values, blocks(backbone), **precision)
+            parallel.shard(self._values, inner, **precision)
         self._optimizer = adamw(self._values, config.critic)
 
     def is_pretraining(self, step: int) -> bool:
@@ -157,10 +194,10 @@ class Critic:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, whole, by the name that sequence classification of Hugging Face has for it. Collective."""
-        backbone = self._values.backbone
-        for name, tensor in self._values.state_dict().items():
-            place = name.replace("backbone.", f"{backbone.base_model_prefix}.", 1)
-            yield place, parallel.whole(tensor).detach()
+        prefix = self._backbone.base_model_prefix
+        for name, tensor in self._backbone.state_dict(prefix=f"{prefix}.").items():
+            yield name, parallel.whole(tensor).detach()
+        yield HEAD, parallel.whole(self._values.score.weight).detach()
 
     def export(self, directory: Path) -> None:
         """Writes a directory that `critic.path` may name. Collective."""
@@ -168,7 +205,7 @@ class Critic:
         if parallel.rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-            config = self._values.backbone.config.to_dict() | {"id2label": {0: "value"}, "label2id": {"value": 0}}
+            config = self._backbone.config.to_dict() | {"id2label": {0: "value"}, "label2id": {"value": 0}}
             (directory / "config.json").write_text(json.dumps(config, default=str, indent=2))
         parallel.barrier()
 
@@ -184,10 +221,13 @@ def _explained(count: float, total: float, square: float, error: float, square_e
 
 
 def _from_policy(policy: PreTrainedModel) -> tuple[PreTrainedModel, Tensor]:
-    backbone = copy.deepcopy(policy.base_model)
+    return copy.deepcopy(policy.base_model), _head(policy)
+
+
+def _head(policy: PreTrainedModel) -> Tensor:
+    """Of values of 0."""
     width = policy.config.get_text_config().hidden_size
-    parameter = next(policy.parameters())
-    return backbone, torch.zeros(1, width, dtype=parameter.dtype)
+    return torch.zeros(1, width, dtype=next(policy.parameters()).dtype)
 
 
 def _from_path(config: Config, policy: PreTrainedModel) -> tuple[PreTrainedModel, Tensor]:

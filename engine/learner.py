@@ -66,7 +66,8 @@ class Learner:
         nn.Module.to(model.eval(), self._device)  # eval: no dropout, as generators sample without it
         fusion.use(model, config.ops.backend)
         place = partial(self._place, config)
-        self.critic = Critic(config, model, method.advantages, device=self._device) if method.needs_critic else None
+        values = partial(Critic, config, model, method.advantages, device=self._device, read=self._hidden)
+        self.critic = values() if method.needs_critic else None
         self._reference = place(copy.deepcopy(model).requires_grad_(False)) if method.needs_reference else None
         if config.learner.activation_checkpointing:
             recompute_activations(model)
@@ -83,6 +84,9 @@ class Learner:
             precision = {"mixed_precision": config.learner.mixed_precision, "exact_root": config.model.fp32_head}
             parallel.shard(policy, blocks(model), **precision)
         return policy
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        return self._policy(batch, read=True)
 
     # ---- training ----------------------------------------------------------------------------------------------
 

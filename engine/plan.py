@@ -42,8 +42,8 @@ def describe(config: Config, seat: Seat, policy: PreTrainedModel, prompts: Promp
         "memory": ", ".join(f"{role} {size / 2**20:,.0f} MiB" for role, size in memory(config, seat, policy).items()),
     }
     if compose(config.algorithm).needs_critic:
-        begins = f"begins as {config.critic.path or 'the policy'}, {config.critic.pretrain_steps} steps alone"
-        rows["critic"] = f"{begins}, rate {_rate(config.critic)}"
+        begins = "a head on the policy" if config.critic.shared else f"begins as {config.critic.path or 'the policy'}"
+        rows["critic"] = f"{begins}, {config.critic.pretrain_steps} steps alone, rate {_rate(config.critic)}"
     for entry in config.schedule:
         rows[f"from step {entry['step']}"] = ", ".join(_changes(entry))
     width = max(map(len, rows))
@@ -96,10 +96,10 @@ def memory(config: Config, seat: Seat, policy: PreTrainedModel) -> dict[str, flo
     """Bytes of a learner rank, of a generator and of the shared segment: an estimate from above for the parts that
     grow with the configuration.
 
-    Learner: (parameter + gradient + two moments, the same of a critic, and the reference's parameter where there is
-    one) / ranks, the activations of one micro-batch (about 34 numbers a token, layer and hidden unit, or 2 with
-    recomputation and one layer whole, arXiv:2205.05198) and what its head takes. Generator: parameters, their staged
-    copy and the KV cache of all slots. Shared weights: two versions.
+    Learner: (parameter + gradient + two moments, the same of a critic with a backbone of its own, and the reference's
+    parameter where there is one) / ranks, the activations of one micro-batch (about 34 numbers a token, layer and
+    hidden unit, or 2 with recomputation and one layer whole, arXiv:2205.05198) and what its head takes. Generator:
+    parameters, their staged copy and the KV cache of all slots. Shared weights: two versions.
     """
     shape = policy.config.get_text_config()
     parameters = sum(tensor.numel() for _, tensor in named_tensors(policy))
@@ -111,7 +111,7 @@ def memory(config: Config, seat: Seat, policy: PreTrainedModel) -> dict[str, flo
     activations = tokens * width * (layers * 2 + 34 if config.learner.activation_checkpointing else layers * 34)
     head = HEADS[config.ops.backend].memory(tokens, shape.vocab_size, width, seat.device)
     method = compose(config.algorithm)
-    states = 4 + method.needs_reference + 4 * method.needs_critic
+    states = 4 + method.needs_reference + 4 * (method.needs_critic and not config.critic.shared)
     payload = sum(entry.num_bytes for entry in manifest_of(policy, config).entries)
     cache = 2 * layers * heads * head_dim * config.generator.slots * config.model.context
     return {

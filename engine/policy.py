@@ -83,11 +83,13 @@ class Policy(nn.Module):
         self._head = head
         self._temperature = temperature
 
-    def forward(self, batch: Batch, tokens: Tokens | None = None, **counts: int) -> Any:
+    def forward(self, batch: Batch, tokens: Tokens | None = None, *, read: bool = False, **counts: int) -> Any:
         """(log-probability [N], entropy [N]) of the targets; or of `tokens`, the batch's with what else is known of
-        them, (loss, sums): see `Method.loss`, which explains `counts`."""
+        them, (loss, sums): see `Method.loss`, which explains `counts`; or to `read`, the hidden states [N, H]."""
         hidden = hidden_states(self.model, batch.token_ids, batch.position_ids, batch.layout)
         hidden = hidden.index_select(0, batch.rows)
+        if read:
+            return hidden
         hidden = hidden * (self._temperature / batch.temperature).to(hidden.dtype).unsqueeze(1)
         if tokens is None:
             return self._head.score(hidden, batch.targets)

@@ -3,6 +3,7 @@
 transformers is imported inside the functions: it takes seconds, and most who import this module need one name of it.
 """
 
+import json
 import re
 import tempfile
 from bisect import bisect_left
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAD, EOS = "<pad>", "<eos>"
+PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")  # as transformers 4 and 5 call it in tokenizer_config.json
 
 Prompt = str | list[dict[str, Any]]  # text, or chat messages with `role` and `content`
 
@@ -86,8 +88,7 @@ def files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
 
 def from_files(contents: dict[str, bytes]) -> "PreTrainedTokenizerBase":
     """The tokenizer that `files` gave; names of other files are ignored."""
-    from transformers import AutoTokenizer
-
+    kind = _kind(contents)
     with tempfile.TemporaryDirectory() as directory:
         for name, content in contents.items():
             path = Path(directory, name)
@@ -95,7 +96,19 @@ def from_files(contents: dict[str, bytes]) -> "PreTrainedTokenizerBase":
                 raise ValueError(f"a tokenizer file outside its directory: {name!r}")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        return AutoTokenizer.from_pretrained(directory)
+        return kind.from_pretrained(directory)
+
+
+def _kind(contents: dict[str, bytes]) -> Any:
+    """The class that reads them. AutoTokenizer imports much that a plain tokenizer does without: seconds at every start
+    of a coordinator."""
+    if json.loads(contents.get("tokenizer_config.json", b"{}")).get("tokenizer_class") in PLAIN:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, template: str = "{prompt}", system: str = "") -> str:

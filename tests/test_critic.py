@@ -92,8 +92,8 @@ def test_a_checkpoint_holds_critic_and_optimiser(tmp_path: Path) -> None:
     assert learner.critic.updates == again.critic.updates == 6
 
 
-def on_rank(rank: int, directory: Path, num_ranks: int) -> Any:
-    config = learning.configure(*GAE, "critic.pretrain_steps=1")
+def on_rank(rank: int, directory: Path, shared: str) -> Any:
+    config = learning.configure(*GAE, "critic.pretrain_steps=1", f"critic.shared={shared}")
     learner = learning.learner(config, directory)
     how = Schedule(config), compose(config.algorithm), shape_by(config.algorithm)
     updates = [prepare(*how, batch(), 0) for _ in range(3)]
@@ -101,9 +101,10 @@ def on_rank(rank: int, directory: Path, num_ranks: int) -> Any:
     return values(learner), learning.parameters(learner), figures[-1]
 
 
-def test_two_ranks_make_the_same_steps(tmp_path: Path) -> None:
-    critic, policy, figures = on_rank(0, tmp_path, 1)
-    for critic_2, policy_2, figures_2 in learning.on_ranks(2, on_rank, tmp_path, 2):
+@pytest.mark.parametrize("shared", ["false", "true"])
+def test_two_ranks_make_the_same_steps(shared: str, tmp_path: Path) -> None:
+    critic, policy, figures = on_rank(0, tmp_path, shared)
+    for critic_2, policy_2, figures_2 in learning.on_ranks(2, on_rank, tmp_path, shared):
         assert learning.largest_difference(critic, critic_2) < 1e-9
         assert learning.largest_difference(policy, policy_2) < 1e-7  # advantages travel in float32
         for name in ("explained_variance", "value_loss", "critic_grad_norm"):
@@ -121,6 +122,28 @@ def test_an_exported_critic_is_found_by_its_path_and_by_others(tmp_path: Path) -
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic", dtype=torch.float64)
     assert theirs.config.num_labels == 1
     assert torch.equal(theirs.score.weight, values(learner)["score.weight"])
+
+
+def test_a_shared_critic_learns_alone_while_the_policy_stands_still_and_is_kept(tmp_path: Path) -> None:
+    config = learning.configure(*GAE, "critic.shared=true", "critic.pretrain_steps=12")
+    learner = learning.learner(config, tmp_path)
+    start, first = learning.parameters(learner), step(config, learner)
+    for _ in range(5):
+        last = step(config, learner)
+    assert last["value_loss"] < 0.9 * first["value_loss"]
+    assert learning.largest_difference(start, learning.parameters(learner)) == 0
+    again = learning.learner(config, tmp_path)
+    checkpoint.load(checkpoint.save(tmp_path, config, learner), again)
+    assert learning.largest_difference(values(learner), values(again)) == 0
+    assert learner.critic is not None
+    learner.critic.export(tmp_path / "critic")
+    own = learning.learner(learning.configure(*GAE, f"critic.path={tmp_path / 'critic'}"), tmp_path)
+    assert learning.largest_difference(values(learner), values(own)) == 0
+
+
+def test_a_shared_critic_has_no_path() -> None:
+    with pytest.raises(ConfigError, match="critic.path = 'reward-model': a shared critic has no model of its own"):
+        learning.configure(*GAE, "critic.shared=true", "critic.path=reward-model")
 
 
 def test_a_policy_as_the_critics_path_begins_with_values_of_0(tmp_path: Path) -> None:

@@ -73,6 +73,9 @@ def test_what_a_critic_and_a_schedule_add() -> None:
     assert plan["critic"] == "begins as the policy, 5 steps alone, rate 2e-06, constant"
     assert plan["from step 3"] == "run.group_size = 8, generator.temperature = 0.5"
     assert "critic" not in rows()
+    shared = "algorithm.advantage={ name = 'gae' }", "critic.shared=true"
+    assert rows(*shared)["critic"].startswith("a head on the policy, ")
+    assert memory(*job(*shared))["learner"] == memory(*job())["learner"]
     with_critic = memory(*job("algorithm.advantage={ name = 'gae' }"))["learner"]
     assert with_critic - memory(*job())["learner"] == 4 * 4 * PARAMETERS
 

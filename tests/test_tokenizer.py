@@ -50,6 +50,16 @@ def test_files_travel(tmp_path):
     assert (second.pad_token_id, second.eos_token_id) == (0, 1)
 
 
+def test_a_plain_tokenizer_is_read_without_the_registry_of_all_models(monkeypatch):
+    import transformers
+
+    files = tokenizers.files(made(alphabet="01"))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: "looked up")
+    assert len(tokenizers.from_files(files)) == 4
+    foreign = files | {"tokenizer_config.json": b'{"tokenizer_class": "Qwen2Tokenizer"}'}
+    assert tokenizers.from_files(foreign) == "looked up"
+
+
 def test_files_stay_in_their_directory():
     with pytest.raises(ValueError, match="outside"):
         tokenizers.from_files({"../escaped.json": b"{}"})

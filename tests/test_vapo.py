@@ -185,5 +185,25 @@ def test_the_critics_first_update_is_that_of_the_formulas(lambda_critic: float, 
     assert learning.largest_difference({name: found[name].view_as(expected[name]) for name in found}, expected) < 1e-10
 
 
+def test_a_shared_critics_first_update_is_that_of_the_formulas_and_its_policys_too(tmp_path: Path) -> None:
+    config = configure("critic.shared=true", "critic.pretrain_steps=0")
+    groups, learner = recorded(config, tmp_path), learning.learner(config, tmp_path)
+    assert learner.critic is not None
+    reference = Reference(config, tmp_path)
+    reference.backbone = reference.policy.base_model
+    with torch.no_grad():
+        reference.score += 0.3
+        learner.critic.load({**learner.critic.state(), "model": headed(learner.critic.state()["model"])})
+    learner.step(prepare(Schedule(config), compose(config.algorithm), shape_by(config.algorithm), groups, 0))
+    reference.critic_loss(groups, lambda_critic=1.0).backward()
+    moments = learner.critic.state()["optimizer"]["state"]
+    assert list(moments) == ["score.weight"]
+    torch.testing.assert_close(moments["score.weight"]["exp_avg"].squeeze(0) / 0.1, reference.score.grad)
+    reference.policy.zero_grad()  # the values' errors move no weight of the policy
+    reference.policy_loss(groups).backward()
+    expected = {name: p.grad for name, p in reference.policy.named_parameters() if p.grad is not None}
+    assert learning.largest_difference(gradients(learner), expected) < 1e-7
+
+
 def headed(model: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor + 0.3 if name == "score.weight" else tensor for name, tensor in model.items()}
