@@ -63,6 +63,41 @@ def test_a_critic_that_knows_the_chance_leaves_no_advantage_before_the_end():
     torch.testing.assert_close(0.3 * solved + 0.7 * failed, torch.zeros(10, dtype=torch.float64))
 
 
+def one_answer(length, reward):
+    """Rewards, bounds and lengths of a single answer."""
+    rewards = torch.zeros(length, dtype=torch.float64)
+    rewards[-1] = reward
+    return rewards, torch.tensor([0, length]), torch.tensor([length])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "mean"),
+    [
+        ("gae", {"lambda_policy": 0.95}, 0.012),
+        ("gae_length_adaptive", {"alpha": 0.05}, 0.030),
+        ("gae", {"lambda_policy": 1.0}, 0.150),
+    ],
+)
+def test_what_a_reward_models_bias_makes_of_the_first_half(name, settings, mean):
+    """Values that rise from 0 to 0.6 over 1,000 tokens, where 0.3 is right: a gain that is none, the more the longer
+    lambda reaches."""
+    rewards, bounds, lengths = one_answer(1000, 0.3)
+    gains, _ = slots.BY_TOKEN[name](rewards, torch.linspace(0, 0.6, 1000).double(), bounds, lengths, **settings)
+    assert gains[:500].mean().item() == pytest.approx(mean, abs=5e-4)
+
+
+@pytest.mark.parametrize(("length", "sweeps"), [(100, 9), (400, 27), (1000, 60)])
+def test_how_often_targets_must_be_learned_until_the_first_value_is_within_a_tenth(length, sweeps):
+    """With lambda 0.95; with 1 once."""
+    rewards, bounds, lengths = one_answer(length, 1.0)
+    for lam, expected in ((0.95, sweeps), (1.0, 1)):
+        values, count = torch.zeros(length, dtype=torch.float64), 0
+        while abs(values[0] - 1) > 0.1:
+            _, values = slots.gae(rewards, values, bounds, lengths, lambda_critic=lam)
+            count += 1
+        assert count == expected
+
+
 # ---- aggregates, losses ------------------------------------------------------------------------------------------
 
 
@@ -181,6 +216,12 @@ def test_what_was_cut_off_or_failed_costs_what_it_costs_without_the_difficulty()
 def test_what_is_short_enough_costs_nothing():
     short = group(1 / 2, length=12288, failed_length=12288)
     np.testing.assert_array_equal(difficulty_aware(*short, **LIMIT), short[0])
+
+
+def test_a_group_solved_as_a_whole_still_teaches_to_be_brief():
+    scores, lengths, cut, solved = group(1)
+    lengths = np.where(np.arange(8) < 4, 12288, 14336)
+    assert difficulty_aware(scores, lengths, cut, solved, **LIMIT).tolist() == [1.0] * 4 + [0.5] * 4
 
 
 def test_gamma_and_the_weight_of_failures():

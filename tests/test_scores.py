@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from engine.buffer import early_end
 from engine.config import ConfigError
 from engine.schema import Finish, Group
 from engine.scores import Shape, shape_by
@@ -39,6 +40,14 @@ def test_penalties_know_what_was_solved() -> None:
     assert shape("algorithm.penalties=[{ name = 'length', weight = 1.0 }]")(PAIR).tolist() == [1.5, 0.0]
     both = msgspec.structs.replace(PAIR, lengths=[10, 4])
     assert shape("algorithm.penalties=[{ name = 'length', weight = 1.0 }]")(both).tolist() == [0.5, 0.5]
+
+
+def test_a_solved_group_is_filtered_only_where_its_lengths_cost_alike() -> None:
+    """The penalty comes before the filter."""
+    slot = "algorithm.penalties=[{ name = 'difficulty_aware', limit = 10, buffer = 8 }]"
+    solved = group([Verdict(1.0, True)] * 2, [4, 10], ["stop", "stop"])
+    assert early_end(solved, shape(slot)) == (None, "")
+    assert early_end(solved, shape()) == ("filtered", "all scores 1")
 
 
 def test_unknown_penalty_is_named() -> None:

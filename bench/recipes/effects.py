@@ -28,6 +28,7 @@ from bench.recipes.loop import steps  # noqa: E402
 from engine.config import load  # noqa: E402
 
 TINY = ROOT / "configs" / "tiny"
+TASKS = "bench.recipes.tasks:"
 ENDS = 10  # steps at either end that a curve is judged by
 
 Rows = list[dict[str, Any]]  # one a step
@@ -67,17 +68,29 @@ def trained(recipe: str, common: list[str], arms: dict[str, Arm], seeds: list[in
     return found
 
 
-def callable_domain(name: str, task: str, options: str, reward: str, reward_options: str = "{}") -> str:
-    place = "bench.recipes.tasks:"
-    return (
-        f"{{ name = '{name}', source = 'callable', task = '{place}{task}', options = {options}, "
-        f"reward = '{place}{reward}', reward_options = {reward_options} }}"
-    )
+def callable_domain(name: str, task: str, options: str, reward: str) -> str:
+    return f"{{ name = '{name}', source = 'callable', task = '{TASKS}{task}', options = {options}, {reward} }}"
 
 
 def thinking(name: str, chance: str, mark: str, shortest: int, longest: int, limit: int) -> str:
     options = f"{{ mark = '{mark}', shortest = {shortest}, longest = {longest} }}"
-    return callable_domain(name, "thinking", options, "thought", f"{{ chance = '{chance}', limit = {limit} }}")
+    reward = f"reward = '{TASKS}thought', reward_options = {{ chance = '{chance}', limit = {limit} }}"
+    return callable_domain(name, "thinking", options, reward)
+
+
+def backwards(**rewards: str) -> str:
+    """Domains of six letters to be spelled backwards, by name and reward."""
+    options = "{ letters = [6, 6], dots = [0, 0] }"
+    domains = [callable_domain(name, "rambling", options, reward) for name, reward in rewards.items()]
+    return f"--domains=[{', '.join(domains)}]"
+
+
+def words(shortest: int, longest: int, **rewards: str) -> str:
+    """Domains of words to be spelled backwards, by name and reward."""
+    task = "source = 'reasoning_gym', task = 'spell_backward', question = '{word}='"
+    options = f"options = {{ min_word_len = {shortest}, max_word_len = {longest} }}"
+    domains = [f"{{ name = '{name}', {task}, {options}, {reward} }}" for name, reward in rewards.items()]
+    return f"--domains=[{', '.join(domains)}]"
 
 
 # ---- the arms --------------------------------------------------------------------------------------------------
@@ -101,7 +114,7 @@ def penalty_arms() -> dict[str, Arm]:
 def lambda_arms() -> dict[str, Arm]:
     """Answers of one length, right in nine cases of ten or in one: the prompt says which, its value is to be found."""
     arms = {}
-    for length in (8, 32, 96):
+    for length in (8, 64):
         domains = [
             thinking(name, name, mark, length, length, length + 2)
             for name, mark in {"likely": "aaaa", "unlikely": "hhhh"}.items()
@@ -114,28 +127,21 @@ def lambda_arms() -> dict[str, Arm]:
 
 
 def staleness_arms() -> dict[str, Arm]:
+    """Of the newest weights the corrections are 1, so one arm of them is enough."""
     slots = {"none": "{ name = 'none' }", "decoupled": "{ name = 'decoupled' }", "tis": "{ name = 'tis', cap = 2.0 }"}
-    return {
-        f"{name}, {lag} versions": Arm([f"--algorithm.correction={slot}"], lag)
+    stale = {
+        f"{lag} versions, {name}": Arm([f"--algorithm.correction={slot}"], lag)
+        for lag in (4, 16)
         for name, slot in slots.items()
-        for lag in (0, 4, 16)
     }
+    return {"0 versions": Arm([f"--algorithm.correction={slots['none']}"]), **stale}
 
 
 ALONE = "--stages=[]"
-
-
-def words(shortest: int, longest: int, **rewards: str) -> str:
-    """Domains of words to be spelled backwards, by name and reward."""
-    task = "source = 'reasoning_gym', task = 'spell_backward', question = '{word}='"
-    options = f"options = {{ min_word_len = {shortest}, max_word_len = {longest} }}"
-    domains = [f"{{ name = '{name}', {task}, {options}, {reward} }}" for name, reward in rewards.items()]
-    return f"--domains=[{', '.join(domains)}]"
-
-
 EXACT, DENSE = "reward = 'exact'", "reward = 'agreement'"
 PARTS = f"{DENSE}, reward_options = {{ parts = 3 }}"
-RAMBLING = callable_domain("words", "rambling", "{ letters = [3, 6], dots = [0, 12] }", "after_dots")
+OPTIONS = "{ letters = [3, 6], dots = [0, 12] }"
+RAMBLING = callable_domain("words", "rambling", OPTIONS, f"reward = '{TASKS}after_dots'")
 
 EFFECTS = {
     "value_pretraining": Effect(
@@ -146,8 +152,8 @@ EFFECTS = {
             "vapo",
             ["--learner.updates_per_step=4", "--run.groups_per_step=32"],
             {
-                "none": Arm(["--critic.pretrain_steps=0", "--run.steps=80"]),
-                "20 steps": Arm(["--critic.pretrain_steps=20", "--run.steps=100"]),
+                "none": Arm(["--critic.pretrain_steps=0", "--run.steps=50"]),
+                "16 steps": Arm(["--critic.pretrain_steps=16", "--run.steps=66"]),
             },
         ),
     ),
@@ -159,8 +165,8 @@ EFFECTS = {
             trained,
             "vapo",
             [
-                *("--critic.pretrain_steps=0", "--run.steps=40", "--run.group_size=2", "--learner.updates_per_step=4"),
-                *("--learner.lr=1e-12", "--model.context=128", "--warm_start.steps=60"),
+                *("--critic.pretrain_steps=0", "--run.steps=30", "--run.group_size=2", "--learner.updates_per_step=4"),
+                *("--learner.lr=1e-12", "--model.context=96", "--warm_start.steps=60"),
             ],
             lambda_arms(),
         ),
@@ -190,7 +196,7 @@ EFFECTS = {
         partial(
             trained,
             "acereason",
-            [ALONE, words(3, 4, math=EXACT), "--run.steps=100", "--run.group_size=8", "--learner.lr=5e-4"],
+            [ALONE, words(3, 4, math=EXACT), "--run.steps=60", "--run.group_size=8", "--learner.lr=5e-4"],
             {
                 "1 update": Arm(["--learner.updates_per_step=1"]),
                 "4 updates": Arm(["--learner.updates_per_step=4", "--algorithm.loss={ name = 'ppo_clip' }"]),
@@ -205,15 +211,18 @@ EFFECTS = {
     ),
     "dense_rewards": Effect(
         "Where hardly any answer is right, dense rewards before sparse ones teach what sparse ones alone do not.",
-        [("accuracy", "mean"), ("accuracy", "last")],
+        [("accuracy", "mean"), ("accuracy", "last"), ("reward", "last")],
         partial(
             trained,
             "exprl",
-            ["--run.steps=100", "--stages.1.run.steps=60", "--warm_start.steps=60"],
+            [
+                *("--run.steps=100", "--stages.1.run.steps=40", "--run.group_size=8", "--learner.lr=5e-4"),
+                *("--warm_start.steps=40", "--model.tokenizer.alphabet=abcdefgh=."),
+            ],
             {
-                "sparse throughout": Arm([words(6, 6, judged=EXACT, verified=EXACT)]),
-                "dense by outcome": Arm([words(6, 6, judged=DENSE, verified=EXACT)]),
-                "dense by process": Arm([words(6, 6, judged=PARTS, verified=EXACT)], recipe="exprl_process"),
+                "sparse throughout": Arm([backwards(judged=EXACT, verified=EXACT)]),
+                "dense by outcome": Arm([backwards(judged=DENSE, verified=EXACT)]),
+                "dense by process": Arm([backwards(judged=PARTS, verified=EXACT)], recipe="exprl_process"),
             },
         ),
     ),
@@ -224,8 +233,8 @@ EFFECTS = {
             trained,
             "apriel",
             [
-                *("--run.steps=40", f"--generator.max_new_tokens={LIMIT}", "--model.context=40"),
-                "--warm_start.steps=120",
+                *("--run.steps=30", "--run.groups_per_step=12", f"--generator.max_new_tokens={LIMIT}"),
+                *("--model.context=40", "--warm_start.steps=120", "--learner.lr=5e-4"),
             ],
             penalty_arms(),
         ),
@@ -238,7 +247,7 @@ EFFECTS = {
             "dapo",
             [
                 *("--learner.updates_per_step=4", "--algorithm.penalties=[]", "--run.max_staleness=32"),
-                *("--learner.lr=1e-3", "--run.steps=80"),
+                *("--learner.lr=1e-3", "--run.steps=50"),
             ],
             staleness_arms(),
         ),
@@ -246,7 +255,7 @@ EFFECTS = {
     "sampler": Effect(
         "Among what is trained, shares of one half: times of 1 to 10 pass, losses of 10% and 70% only a deficit mends.",
         [("share", "first"), ("share", "last")],
-        lambda seeds, quick: sampler.curves(ROOT, seeds, 200 if quick else 3200),
+        lambda seeds, quick: sampler.curves(ROOT, seeds, 200 if quick else 1600),
     ),
 }
 
