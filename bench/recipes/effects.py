@@ -79,8 +79,8 @@ def thinking(name: str, chance: str, mark: str, shortest: int, longest: int, lim
 
 
 def backwards(**rewards: str) -> str:
-    """Domains of six letters to be spelled backwards, by name and reward."""
-    options = "{ letters = [6, 6], dots = [0, 0] }"
+    """Domains of five letters to be spelled backwards, by name and reward."""
+    options = "{ letters = [5, 5], dots = [0, 0] }"
     domains = [callable_domain(name, "rambling", options, reward) for name, reward in rewards.items()]
     return f"--domains=[{', '.join(domains)}]"
 
@@ -196,7 +196,7 @@ EFFECTS = {
         partial(
             trained,
             "acereason",
-            [ALONE, words(3, 4, math=EXACT), "--run.steps=60", "--run.group_size=8", "--learner.lr=5e-4"],
+            [ALONE, words(3, 4, math=EXACT), "--run.steps=40", "--run.group_size=8", "--learner.lr=5e-4"],
             {
                 "1 update": Arm(["--learner.updates_per_step=1"]),
                 "4 updates": Arm(["--learner.updates_per_step=4", "--algorithm.loss={ name = 'ppo_clip' }"]),
@@ -247,7 +247,7 @@ EFFECTS = {
             "dapo",
             [
                 *("--learner.updates_per_step=4", "--algorithm.penalties=[]", "--run.max_staleness=32"),
-                *("--learner.lr=1e-3", "--run.steps=50"),
+                *("--learner.lr=1e-3", "--run.steps=40"),
             ],
             staleness_arms(),
         ),
