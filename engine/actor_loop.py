@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from engine.process import ProcessDied, die_with_parent
 from engine.schema import (
     SCHEMA_VERSION,
     Ack,
-    Applied,
     Beat,
     Bye,
     Failure,
@@ -46,17 +44,16 @@ from engine.schema import (
 from engine.scorer import Scorer
 from engine.stream import Link, Pump, Silence
 from engine.tokenizer import decode, from_files, token_ends
-from engine.weights import Staged, WeightsError, subscribe
+from engine.weights import Intake, WeightsError, subscribe
 from rewards.verdict import Verdict
 
-STAGE_AGAIN_S = 1.0
 # What may differ between generators of a job: how they compute, not what.
 OWN = ("--generator.sglang.", "--generator.slots=", "--generator.device=", "--generator.gpus=", "--generator.engine=")
 Key = tuple[Kind, int, int]  # kind, group_id, attempt: one lease
 
 
 class Actor:
-    """Moves leases through the generator and the scorer; owns no thread but the one that stages weights."""
+    """Moves leases through the generator and the scorer; owns no thread but the intake's, which stages weights."""
 
     def __init__(self, config: Config, welcome: Welcome, link: Link, name: str, key: JoinKey | None):
         self._config, self._link, self._name = config, link, name
@@ -64,7 +61,7 @@ class Actor:
         self._tokenizer = from_files(welcome.files)
         self._generator: Generator = GENERATORS[config.generator.engine](config, welcome.files, self._tokenizer)
         self._scorer = Scorer(config)
-        self._weights = subscribe(
+        weights = subscribe(
             config.weights.route,
             directory=config.weights.directory,
             segment=welcome.segment,
@@ -75,12 +72,8 @@ class Actor:
             key=key,
         )
         if self._generator.manifest is not None:
-            self._generator.manifest.require(self._weights.manifest)
-        self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
-        self._staging: Future[tuple[Staged, float]] | None = None
-        self._wanted = -1  # the newest published version
-        self._peak = 0.0  # bytes a second, the most seen
-        self._stage_from = 0.0  # when to try again after a staging that failed
+            self._generator.manifest.require(weights.manifest)
+        self._intake = Intake(weights, self._generator, self._incarnation, self._wake)
         self._held: set[Key] = set()
         self._scoring: dict[Key, Sampled] = {}
         self._unacknowledged: dict[Key, tuple[float, Result]] = {}
@@ -111,7 +104,7 @@ class Actor:
         """Turns until the coordinator says stop. Raises `Silence` when it has died."""
         while not self.stopped:
             self._hear()
-            self._load_staged()
+            self._take_weights()
             started = time.monotonic()
             if self._generator.num_running or not self._polled:
                 for sampled in self._generator.poll(0.0):
@@ -135,9 +128,8 @@ class Actor:
     def close(self) -> None:
         self._link.send(Bye())
         self._generator.close()
-        self._stager.shutdown(wait=True, cancel_futures=True)
         self._scorer.close()
-        self._weights.close()
+        self._intake.close()
 
     # ---- incoming ----
 
@@ -164,7 +156,7 @@ class Actor:
 
     def _on_publish(self, message: Publish) -> None:
         if message.incarnation == self._incarnation:
-            self._wanted = max(self._wanted, message.version)
+            self._intake.want(message.version)
 
     def _on_ack(self, message: Ack) -> None:
         self._unacknowledged.pop((message.kind, message.group_id, message.attempt), None)
@@ -174,34 +166,15 @@ class Actor:
 
     # ---- weights ----
 
-    def _load_staged(self) -> None:
-        """Starts staging what was published, and applies what lies staged."""
-        late = self._wanted > self._generator.version and time.monotonic() >= self._stage_from
-        if self._staging is None and late:
-            self._staging = self._stager.submit(self._stage, self._wanted)
-            self._staging.add_done_callback(lambda _: os.write(self._wake_write, b"."))
-        if self._staging is None or not self._staging.done():
-            return
-        staging, self._staging = self._staging, None
-        if isinstance(error := staging.exception(), WeightsError):
-            self._stage_from = time.monotonic() + STAGE_AGAIN_S  # on the old version until then
-            print(f"{self._name}: {error}", file=sys.stderr, flush=True)
-            return
-        staged, stage_s = staging.result()
-        if staged.version > self._generator.version:
-            paused = time.monotonic()
-            self._generator.load(staged.version, staged.tensors)
-            pause_s = time.monotonic() - paused
-            self._idle_s += pause_s
-            rate = staged.num_bytes / stage_s
-            self._peak = max(self._peak, rate)
-            costs = (stage_s, pause_s, staged.num_bytes, rate / self._peak)
-            self._link.send(Applied(staged.incarnation, staged.version, *costs))
+    def _take_weights(self) -> None:
+        applied = self._intake.advance()
+        if applied is not None:
+            self._idle_s += applied.pause_s
+            self._link.send(applied)
             self._spoke = 0.0  # a heartbeat at once: the counters of this version
 
-    def _stage(self, version: int) -> tuple[Staged, float]:
-        started = time.monotonic()
-        return self._weights.stage(self._incarnation, version), time.monotonic() - started
+    def _wake(self) -> None:
+        os.write(self._wake_write, b".")
 
     # ---- rollouts ----
 
