@@ -20,6 +20,15 @@ def subscriber(request: pytest.FixtureRequest, publisher: "Publisher") -> "Itera
             yield it
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[list[str]]:
+    """Overrides of a configuration whose SGLang servers start in two seconds."""
+    from sglang_server import warmed
+
+    with warmed() as overrides:
+        yield overrides
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:

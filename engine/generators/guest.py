@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from engine.process import die_with_parent
+from engine.process import PARENT, die_with_parent
 
 
 def load(model: Any, named_tensors: list[tuple[str, Any]]) -> None:
@@ -48,8 +48,13 @@ def _mapped(path: str, device: int, inode: int) -> Any:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), np.uint8)
 
 
-def main() -> None:
+def belong() -> None:
+    """This process dies with its parent, and the children that it starts, which run this before all else, with it."""
     die_with_parent()
+    os.environ[PARENT] = str(os.getpid())
+
+
+def main() -> None:
     options = json.load(sys.stdin)
     from sglang.srt.entrypoints.http_server import launch_server  # type: ignore[import-not-found]
     from sglang.srt.server_args import ServerArgs  # type: ignore[import-not-found]
@@ -57,5 +62,7 @@ def main() -> None:
     launch_server(ServerArgs(**options))
 
 
+if __name__ in ("__main__", "__mp_main__"):  # a child that SGLang starts imports for long before it does so itself
+    belong()
 if __name__ == "__main__":
     main()
