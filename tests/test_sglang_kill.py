@@ -53,17 +53,13 @@ class Learner:
 
     def __init__(self, config: Config):
         self.config, self.version, self.trained = config, -1, set[int]()
-        self.run: RunDirectory = create(config, self._describe)
+        self.run: RunDirectory = create(config, write_model)
         self.models = [make_model(0)]
         segment = f"{self.run.name}-{os.getpid()}"
         self.publisher = Publisher(segment, manifest_of(self.models[0], config))
         never, self._writer = os.pipe()
         stop = SimpleNamespace(asked=False, fd=never)
         self.rollouts = Rollouts(config, self.run, seat(config, {}), stop, segment, "")  # type: ignore[arg-type]
-
-    def _describe(self, folder: Path) -> None:
-        for name, content in {**tokenizers.files(TOKENIZER), **describe(make_model(0))}.items():
-            (folder / name).write_bytes(content)
 
     def publish(self) -> None:
         self.version += 1
@@ -163,9 +159,10 @@ def test_nothing_outlives_a_generator_killed_while_its_server_imports(warm: list
     config = configure(
         *warm, f"generator.sglang.environment.LEEWAY_MARK={mark}", "generator.sglang.environment.LEEWAY_SPAWN=yes"
     )
-    with spawned(start_server, config) as (process, _):
-        while sum(b"spawn_main" in line for line in commands(mark)) < 2:  # the scheduler's and the detokenizer's
-            assert process.is_alive()
+    with spawned(start_server, config, model_files()) as (process, _):
+        limit = time.monotonic() + WAIT_S
+        while sum(b"spawn_main" in line for line in commands(mark)) < 2:  # the scheduler and the detokenizer
+            assert process.is_alive() and time.monotonic() < limit
             time.sleep(0.01)
         process.kill()
         limit = time.monotonic() + 3.0
@@ -174,11 +171,19 @@ def test_nothing_outlives_a_generator_killed_while_its_server_imports(warm: list
             time.sleep(0.01)
 
 
-def start_server(pipe: Connection, config: Config) -> None:
+def start_server(pipe: Connection, config: Config, files: dict[str, bytes]) -> None:
     """The process of a generator, as far as its server is concerned."""
-    os.environ["LEEWAY_PARENT"] = str(os.getppid())
-    Server(config, {**tokenizers.files(TOKENIZER), **describe(make_model(0))}, threads=1)
+    _kept = Server(config, files, threads=1)  # its files go with it
     signal.pause()
+
+
+def write_model(folder: Path) -> None:
+    for name, content in model_files().items():
+        (folder / name).write_bytes(content)
+
+
+def model_files() -> dict[str, bytes]:
+    return {**tokenizers.files(TOKENIZER), **describe(make_model(0))}
 
 
 def commands(mark: str) -> list[bytes]:
