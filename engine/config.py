@@ -107,6 +107,7 @@ class SGLang(Struct, kw_only=True):
     options: dict[str, Any] = {}  # of SGLang's ServerArgs
     environment: dict[str, str] = {}  # variables for the server
     path: list[str] = []  # directories of modules before all others
+    deterministic: bool = False  # SGLang's mode in which what is sampled hangs on weights, prompt and seed alone
     url: str = ""  # of a running server, which then belongs to this job alone
     api_key_file: str = ""  # holds the key of that server
 

@@ -6,8 +6,6 @@ the server holds some of it (tests/halves); apply: the server holds it and nobod
 
 import multiprocessing
 import os
-import select
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator

@@ -3,16 +3,18 @@
 A server that this process started serves the generator `started`; others join it by its address, one at a time.
 """
 
+import asyncio
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sglang_server import configure
+from sglang_server import ROOT, configure
 from transformers import DynamicCache, PreTrainedModel
 
 from engine import tokenizer as tokenizers
@@ -20,17 +22,21 @@ from engine.attention import Layout
 from engine.config import Config, ConfigError
 from engine.generators import server, sglang
 from engine.generators.base import Sampled
+from engine.generators.client import Meta
 from engine.generators.sglang import SGLang
 from engine.model import build, describe, hidden_states, lm_head
 from engine.policy import manifest_of, named_tensors
 from engine.process import ProcessDied
 from engine.schema import Lease, Prompt, Sampling
 from engine.weights import Manifest
+from rewards.table import resolve
+from rewards.verdict import Verdict
 
 pytestmark = pytest.mark.slow
 
 CONFIG = configure("model.init.initializer_range=0.15")  # peaked enough that weights, positions and caches matter
 TOKENIZER = tokenizers.load(CONFIG.model)
+TOKENIZER.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"  # for the judge
 WAIT_S = 60.0
 
 
@@ -42,20 +48,23 @@ def make_model(seed: int) -> PreTrainedModel:
 MODELS = {version: make_model(version) for version in range(6)}
 
 
-def load(engine: SGLang, version: int) -> None:
-    """The weights of `MODELS[version]`, as the actor's loop would."""
-    manifest: Manifest = manifest_of(MODELS[version], CONFIG)
+def load(engine: SGLang, version: int, model: PreTrainedModel | None = None) -> None:
+    """The weights of `MODELS[version]`, or of `model`, as the actor's loop would."""
+    manifest: Manifest = manifest_of(MODELS[0], CONFIG)
     views = manifest.views(engine.memory(manifest.num_bytes))
-    for name, tensor in named_tensors(MODELS[version]):
+    for name, tensor in named_tensors(model or MODELS[version]):
         views[name].copy_(tensor)
     engine.load(version, views)
 
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[SGLang]:
-    files = {**tokenizers.files(TOKENIZER), **describe(MODELS[0])}
-    with closing(sglang.from_files(CONFIG, files, TOKENIZER)) as engine:
+    with closing(sglang.from_files(CONFIG, model_files(), TOKENIZER)) as engine:
         yield engine
+
+
+def model_files() -> dict[str, bytes]:
+    return {**tokenizers.files(TOKENIZER), **describe(MODELS[0])}
 
 
 @contextmanager
@@ -201,6 +210,36 @@ def test_a_prefix_of_old_weights_serves_no_new_request(started: SGLang, tmp_path
             assert set(sampled.versions) == {version} and differences(sampled).max() < 1e-4
 
 
+def test_the_samples_of_a_group_share_the_cache_of_their_prompt(
+    engine: SGLang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, cached = engine._client.generate, dict[str, list[int]]()
+
+    async def noted(request: dict[str, Any]) -> AsyncIterator[Meta]:
+        async for meta in generate(request):
+            if meta.completion_tokens == 1:
+                cached.setdefault(request["extra_key"], []).append(meta.cached_tokens)
+            yield meta
+
+    monkeypatch.setattr(engine._client, "generate", noted)
+    engine.submit(lease(6, num_samples=8, prompt=40, max_new_tokens=50))
+    sampled_tokens(engine, 40)
+    load(engine, 1)
+    collect(engine, 1)
+    assert len(cached) == 2 and min(map(len, cached.values())) > 1
+    for first, *others in cached.values():
+        assert first == 0 and min(others) >= 39
+
+
+def test_tokens_arrive_while_their_completions_go_on(engine: SGLang) -> None:
+    engine.submit(lease(0, num_samples=8, max_new_tokens=64))
+    seen = set[int]()
+    while engine.num_running == 8:
+        seen.add(engine.generated_tokens)
+        time.sleep(0.002)
+    assert len(seen - {0}) >= 3 and not engine._finished
+
+
 def test_a_server_that_another_updated_is_noticed(started: SGLang, engine: SGLang) -> None:
     load(started, 1)
     engine.submit(lease(0))
@@ -286,6 +325,69 @@ def test_hundreds_of_requests_at_once(engine: SGLang) -> None:
     assert engine.generated_tokens == sum(len(sampled.token_ids) for sampled in finished.values())
 
 
+# ---- deterministic mode ------------------------------------------------------------------------------------------
+
+
+def test_what_is_sampled_hangs_on_weights_prompt_and_seed_alone(
+    warm: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In other company, and over an update to the same weights. See tests/determined for what this is on a CPU."""
+    monkeypatch.setattr(server, "DETERMINISTIC", (*server.DETERMINISTIC, "torch_native"))
+    path = f'generator.sglang.path=["{ROOT}/tests/determined", "{ROOT}/tests/stand_ins"]'
+    mode = ("generator.sglang.deterministic=true", "generator.sglang.environment.LEEWAY_DETERMINED=yes")
+    config = configure(*warm, "model.init.initializer_range=0.15", path, *mode)
+    with closing(sglang.from_files(config, model_files(), TOKENIZER)) as engine:
+        load(engine, 0)
+        for group_id in (0, 1):
+            engine.submit(lease(group_id, num_samples=3, max_new_tokens=40))
+        alone = collect(engine, 2)
+        for group_id in (2, 1, 3, 0):
+            engine.submit(lease(group_id, num_samples=3, max_new_tokens=40))
+        sampled_tokens(engine, 60)
+        load(engine, 1, MODELS[0])
+        together = collect(engine, 4)
+    for group_id in (0, 1):
+        assert together[group_id].token_ids.tolist() == alone[group_id].token_ids.tolist()
+        assert differences(alone[group_id]).max() < 1e-4
+        samples_ids = split(alone[group_id], alone[group_id].token_ids)
+        assert len({tuple(ids) for ids in samples_ids}) == 3
+    assert any(len(np.unique(together[group_id].versions)) == 2 for group_id in (0, 1))
+
+
+def test_a_server_without_deterministic_mode_is_refused(started: SGLang, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="generator.sglang.deterministic = true: .* --enable-deterministic-inference"):
+        with joined(started, tmp_path, "generator.sglang.deterministic=true"):
+            pass
+
+
+# ---- a judge -----------------------------------------------------------------------------------------------------
+
+
+def test_a_judge_of_no_use_masks_what_it_was_asked_and_costs_what_it_said(
+    started: SGLang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny model, behind the server's own OpenAI-compatible interface, never says a score."""
+    load(started, 0)
+    monkeypatch.setenv("JUDGE_KEY", started._server.api_key)  # type: ignore[union-attr]
+    (tmp_path / "template.md").write_text("{problem}={reference}={attempt}=")
+    endpoint = {"key_env": "JUDGE_KEY", "cache": str(tmp_path / "cache"), "deadline_s": WAIT_S}
+    options = {"url": f"{started._client.url}/v1", "model": "tiny", "max_tokens": 8, "price_in": 1.0, "price_out": 2.0}
+    ask = resolve("judge", {**options, "template": str(tmp_path / "template.md"), "endpoint": endpoint})
+
+    async def twice() -> list[Verdict]:
+        return [await ask("problem", "attempt", "reference") for _ in range(2)]
+
+    first, again = asyncio.run(twice())
+    assert first.error == again.error == "the judge gave no rating"
+    assert first.evidence == again.evidence and first.evidence["rating"] == "?"
+    assert first.costs["judge_calls"] == 1 and first.costs["judge_cached"] == 0 < first.costs["judge_s"]
+    assert first.costs["judge_prompt_tokens"] >= len("problem=reference=attempt=")
+    assert 0 < first.costs["judge_tokens"] <= 8
+    price = 1e-6 * first.costs["judge_prompt_tokens"] + 2e-6 * first.costs["judge_tokens"]
+    assert first.costs["judge_price"] == pytest.approx(price)
+    assert again.costs["judge_cached"] == 1 and again.costs["judge_tokens"] == again.costs["judge_price"] == 0
+
+
 # ---- servers that cannot be used -------------------------------------------------------------------------------
 
 
@@ -308,6 +410,7 @@ def test_nobody_at_the_address_is_an_error_in_time() -> None:
     [
         ("generator.sglang.python=nowhere/python", "generator.sglang.python = 'nowhere/python': .*make sglang"),
         ("generator.sglang.options.port=1", "generator.sglang.options.port = 1: is set by other fields"),
+        ("generator.sglang.deterministic=true", "generator.sglang.deterministic = true: .* fa3, .*: torch_native"),
     ],
 )
 def test_what_cannot_be_started_is_told_before(override: str, words: str) -> None:

@@ -52,7 +52,7 @@ def test_loop_with_updates_in_flight_and_a_server_killed(tmp_path: Path, warm: l
         os.kill(generator, signal.SIGCONT)
         job.until(lambda: job.version == 8, "the last step", START_S)
         assert job.succeed()["steps"] == 8
-        assert "the SGLang server (pid" in job.printed()
+        assert "the SGLang server (pid" in job.logged("generator-0")
     report, groups = audit(job.run), trained_groups(job)
     assert report.findings == [] and report.counts["trained"] == len(groups) == 16
     assert held and held & groups.keys(), "no group of the killed server was trained"

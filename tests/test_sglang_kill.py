@@ -20,14 +20,12 @@ import numpy as np
 import pytest
 from held import STATES, WAIT_S, Held
 from sglang_server import ROOT, configure
-from test_sglang import TOKENIZER, make_model, recomputed
+from test_sglang import make_model, model_files, recomputed
 from test_weights_kill import spawned
 
-from engine import tokenizer as tokenizers
 from engine.audit import audit
 from engine.config import Config
 from engine.generators.server import Server
-from engine.model import describe
 from engine.placement import seat
 from engine.policy import manifest_of, named_tensors
 from engine.rollouts import Rollouts
@@ -180,10 +178,6 @@ def start_server(pipe: Connection, config: Config, files: dict[str, bytes]) -> N
 def write_model(folder: Path) -> None:
     for name, content in model_files().items():
         (folder / name).write_bytes(content)
-
-
-def model_files() -> dict[str, bytes]:
-    return {**tokenizers.files(TOKENIZER), **describe(make_model(0))}
 
 
 def commands(mark: str) -> list[bytes]:

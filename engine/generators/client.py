@@ -122,9 +122,14 @@ class Client:
         return body
 
 
-def check_served(info: dict[str, Any]) -> None:
-    """Raises `ConfigError` for a server that cannot be used, by what it says of itself."""
+def check_served(info: dict[str, Any], deterministic: bool) -> None:
+    """Raises `ConfigError` for a server that cannot be used, or not as wanted, by what it says of itself."""
     if LOADER not in (info.get("custom_weight_loader") or ()):
         raise ConfigError(
             f"generator.sglang.url: the server there was not started with --custom-weight-loader {LOADER}"
+        )
+    if deterministic and not info["enable_deterministic_inference"]:
+        raise ConfigError(
+            "generator.sglang.deterministic = true: the server at generator.sglang.url was not started with "
+            "--enable-deterministic-inference"
         )

@@ -18,7 +18,19 @@ from engine.process import ProcessDied, child_environment
 SPARE_TOKENS = 16  # SGLang keeps a few of its context for itself, and refuses prompts that leave it none
 ROOT = Path(__file__).resolve().parents[2]
 # Of ServerArgs: what the generator itself decides, so that the user cannot.
-OWNED = ("model_path", "load_format", "dtype", "host", "port", "api_key", "custom_weight_loader", "tp_size")
+OWNED = (
+    "model_path",
+    "load_format",
+    "dtype",
+    "host",
+    "port",
+    "api_key",
+    "custom_weight_loader",
+    "tp_size",
+    "enable_deterministic_inference",
+)
+# The attention backends with which it does so; SGLang 0.5.18 ends at its start with another, and has none for CPUs.
+DETERMINISTIC = ("ascend", "fa3", "fa4", "flashinfer", "triton")
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
 
@@ -49,6 +61,7 @@ class Server:
             "api_key": self.api_key,
             "custom_weight_loader": [LOADER],
             "tp_size": config.generator.gpus,
+            "enable_deterministic_inference": spec.deterministic,
         }
         environment = {**child_environment(threads, []), **ENVIRONMENT, **spec.environment}
         environment["PYTHONPATH"] = os.pathsep.join([*map(os.path.abspath, spec.path), str(ROOT)])
@@ -88,6 +101,10 @@ def check(config: Config) -> None:
     for name in OWNED:
         if name in spec.options:
             raise ConfigError(f"generator.sglang.options.{name} = {spec.options[name]!r}: is set by other fields")
+    backend = spec.options.get("attention_backend", DETERMINISTIC[0])
+    if spec.deterministic and backend not in DETERMINISTIC:
+        allowed = ", ".join(DETERMINISTIC)
+        raise ConfigError(f"generator.sglang.deterministic = true: needs an attention_backend of {allowed}: {backend}")
 
 
 def _defaults(config: Config) -> dict[str, Any]:

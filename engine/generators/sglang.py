@@ -62,6 +62,7 @@ class Request:
     lease: Lease
     limit: int  # of new tokens
     sequences: list[Sequence]
+    prefixes: dict[str, asyncio.Event] = field(default_factory=dict)  # by key: once the prompt is cached
     kv_mixed: bool = False
     cancelled: bool = False
 
@@ -232,7 +233,7 @@ class SGLang:
         info = await self._greeting()
         self._num_ranks = int(info["tp_size"])
         self._seeded = bool(info["enable_deterministic_inference"])
-        check_served(info)
+        check_served(info, spec.deterministic)
 
     async def _greeting(self) -> dict[str, Any]:
         """What the server says of itself, once it says anything."""
@@ -258,20 +259,24 @@ class SGLang:
             self._fail(error)
 
     async def _complete(self, request: Request, sequence: Sequence) -> None:
-        """One completion from its first token to its last, over as many requests as versions."""
+        """One completion from its first token to its last, over as many requests as versions. Of a group's samples the
+        first to ask under a key has the prompt computed, and the others find it."""
         while sequence.finish is None and not request.cancelled:
             await self._open.wait()
-            await self._fly(request, sequence)
+            if self._recompute or not sequence.token_ids:
+                sequence.key = self._label
+            if (prefix := request.prefixes.get(sequence.key)) is not None and not prefix.is_set():
+                await prefix.wait()
+                continue  # the weights may be others now
+            await self._fly(request, sequence, request.prefixes.setdefault(sequence.key, asyncio.Event()))
         if not request.cancelled and (sampled := request.finished()) is not None:
             self._requests.remove(request)
             self._finished.append(sampled)
             os.write(self._wake_write, b".")
 
-    async def _fly(self, request: Request, sequence: Sequence) -> None:
-        """One request to the server, to its end or until it is aborted."""
+    async def _fly(self, request: Request, sequence: Sequence, prefix: asyncio.Event) -> None:
+        """One request to the server, to its end or until it is aborted; sets `prefix` with its first token."""
         version, label = self.version, self._label
-        if self._recompute or not sequence.token_ids:
-            sequence.key = label
         request.kv_mixed |= sequence.key != label
         sequence.request_id = f"{self._name}-{next(self._numbers)}"
         self._flying.add(sequence.request_id)
@@ -285,6 +290,7 @@ class SGLang:
                 if reason is not None and reason.type == "abort" and self._open.is_set() and not request.cancelled:
                     raise ServerError(f"the server ended a request by itself: {reason.message}")
                 num = self._keep(sequence, meta, before, version)
+                prefix.set()
                 self._find_stop(request, sequence, num)
                 if reason is not None:
                     self._end(request, sequence, reason)
@@ -292,6 +298,7 @@ class SGLang:
                     await self._client.abort(sequence.request_id)
                     break
         finally:
+            prefix.set()
             self._flying.discard(sequence.request_id)
             if not self._flying:
                 self._landed.set()
