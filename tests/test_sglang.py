@@ -4,17 +4,22 @@ A server that this process started serves the generator `started`; others join i
 """
 
 import asyncio
+import os
 import select
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from sglang_server import ROOT, configure
+from test_weights_kill import spawned
 from transformers import DynamicCache, PreTrainedModel
 
 from engine import tokenizer as tokenizers
@@ -28,7 +33,8 @@ from engine.model import build, describe, hidden_states, lm_head
 from engine.policy import manifest_of, named_tensors
 from engine.process import ProcessDied
 from engine.schema import Lease, Prompt, Sampling
-from engine.weights import Manifest
+from engine.weights import Manifest, Publisher, Subscriber, WeightsError, remove_stale
+from engine.weights.subscribe import SharedSource
 from rewards.table import resolve
 from rewards.verdict import Verdict
 
@@ -165,6 +171,56 @@ def test_every_token_is_that_of_its_version_while_versions_stream(engine: SGLang
     for sampled in finished.values():
         assert differences(sampled).max() < 1e-4 and not sampled.kv_mixed
         assert all((np.diff(versions) >= 0).all() for versions in split(sampled, sampled.versions))
+
+
+@pytest.mark.parametrize("state", ["prepare", "stage", "commit", "apply"])
+def test_a_writer_killed_in_any_state_leaves_a_whole_version(engine: SGLang, state: str) -> None:
+    """Before version 2 is begun, in its midst, before it counts and after that."""
+    name = f"sglang-kill-{os.getpid()}"
+    with spawned(publish_and_die, name, state) as (process, pipe):
+        assert pipe.poll(WAIT_S) and pipe.recv() == 1
+        with closing(Subscriber(SharedSource(name), engine.memory)) as subscriber:
+            for group_id in range(4):
+                engine.submit(lease(group_id, max_new_tokens=48))
+            sampled_tokens(engine, 8)
+            engine.load(1, subscriber.stage(0, 1).tensors)
+            sampled_tokens(engine, 8)
+            pipe.send(None)
+            process.join(WAIT_S)
+            assert process.exitcode == -signal.SIGKILL
+            if state == "apply":
+                engine.load(2, subscriber.stage(0, 2).tensors)
+            else:
+                with pytest.raises(WeightsError, match=r"version \(0, 2\) is not there"):
+                    subscriber.stage(0, 2)
+                engine.load(3, subscriber.stage(0, 1).tensors)  # whole, and once more
+    assert name in remove_stale()
+    for sampled in collect(engine, 4).values():
+        assert set(sampled.versions) <= {0, 1, 2, 3} and max(sampled.versions) == (2 if state == "apply" else 3)
+        versions = np.where(sampled.versions == 3, 1, sampled.versions)
+        assert differences(msgspec.structs.replace(sampled, versions=versions)).max() < 1e-4
+
+
+def publish_and_die(pipe: Connection, name: str, state: str) -> None:
+    torch.set_num_threads(1)
+    publisher = Publisher(name, manifest_of(MODELS[0], CONFIG))
+    for version in (0, 1):
+        publisher.publish(0, version, named_tensors(MODELS[version]))
+    pipe.send(1)
+    pipe.recv()
+    weights = list(named_tensors(MODELS[2]))
+    if state != "prepare":
+        publisher.publish(0, 2, dying(weights, {"stage": len(weights) // 2, "commit": len(weights)}.get(state, -1)))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying(weights: list[tuple[str, torch.Tensor]], number: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """`weights`; the process kills itself instead of giving number `number`, or its end."""
+    for count, item in enumerate([*weights, None]):
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item is not None:
+            yield item
 
 
 def test_kept_cache_is_flagged_and_its_logprobs_are_those_that_sampled(started: SGLang, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ _fork = multiprocessing.get_context("fork")  # a child starts in milliseconds, w
 @contextmanager
 def spawned(target: Callable[..., None], *args: Any) -> Iterator[tuple[BaseProcess, Connection]]:
     """A child that runs `target(pipe, *args)`, and our end of the pipe; killed at the end."""
-    ours, theirs = _fork.Pipe(duplex=False)
+    ours, theirs = _fork.Pipe()
     process = _fork.Process(target=target, args=(theirs, *args), daemon=True)
     process.start()
     theirs.close()
