@@ -1,6 +1,6 @@
 """Does a day's load leave anything behind? python bench/soak.py [--completions N | --quick]
 
-20,000 completions go through the scorer and two workers in groups of eight, one in twenty of them malicious: programs
+20,000 completions go through the scorer and four workers in groups of eight, one in twenty of them malicious: programs
 that compute or sleep for ever, eat memory, kill themselves or leave things behind, which cost a sandbox at most; and
 rewards that hang or die, which cost a worker. Every verdict must be the one that its completion deserves, no process
 may be left at the end, and the memory of all processes together may not grow.
@@ -9,6 +9,7 @@ may be left at the end, and the memory of all processes together may not grow.
 import argparse
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -28,8 +29,9 @@ from engine.schema import Prompt  # noqa: E402
 from engine.scorer import Scorer  # noqa: E402
 from rewards.verdict import Verdict  # noqa: E402
 
-NUM_COMPLETIONS, GROUP_SIZE, NUM_WORKERS = 20_000, 8, 2
-AHEAD = 4  # groups at the scorer at once
+NUM_COMPLETIONS, GROUP_SIZE = 20_000, 8
+NUM_WORKERS = 4  # on two cores: some of them wait for what hangs
+AHEAD = 8  # groups at the scorer at once
 SAMPLES = 40  # of memory
 MALICIOUS = 0.05
 HANGING = 0.2  # of the completions whose rewards are malicious; the others die, which costs no deadline
@@ -55,7 +57,7 @@ BAD = [
 def behave(prompt: str, completion: str, answer: str, **fields: Any) -> float:
     """A reward that does what the completion says."""
     while completion == "hang":
-        pass
+        signal.pause()
     os._exit(1)
 
 

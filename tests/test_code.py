@@ -250,6 +250,14 @@ def test_a_checker_of_the_data_decides(code, checker, output, solved):
     assert verdict.solved is solved
 
 
+def test_of_an_answer_far_too_long_nothing_is_looked_at(code):
+    anything = "def check(given, output, expected):\n    return True"
+    assert code("", fenced("print('x')"), "", checker_code=anything, **SUMS).solved
+    assert not code("", fenced("print('x' * 10**6)"), "", checker_code=anything, **SUMS).solved
+    verdict = code("", fenced("def f(n, s):\n    return s * 10**6"), "", **APPS_CALL)
+    assert verdict.evidence["given"] == "far too long"
+
+
 def test_a_broken_checker_or_check_is_an_error(code):
     with pytest.raises(ValueError, match="SyntaxError"):
         code("", fenced("print(3)"), "", checker_code="def check(", **SUMS)

@@ -14,11 +14,23 @@ from rewards.logic import at_level, entry, one_level
 from rewards.table import resolve
 
 NUM_INSTANCES = 20
+# Tasks of which an instance takes seconds at their own size, to make or to solve.
+SMALLER: dict[str, dict[str, Any]] = {
+    "futoshiki": {"max_board_size": 5, "max_difficulty": 1},
+    "knight_swap": {"max_nodes": 8, "min_pieces": 1, "max_pieces": 1, "min_steps": 2, "max_steps": 10},
+    "rush_hour": {"max_moves": 12},
+    "sokoban": {"max_w": 7, "max_h": 7, "max_boxes": 4, "max_depth": 30},
+    "zebra_puzzles": {"num_people": 3, "num_characteristics": 3},
+}
 SAMPLED = sorted(set(DATASETS) - {"sokoban", "intermediate_integration"})[5::12]  # but for slow ones
 
 
+def options(task: str) -> dict[str, Any]:
+    return {"seed": 11, "size": NUM_INSTANCES, **SMALLER.get(task, {})}
+
+
 def score(task: str, index: int, completion: str) -> float:
-    named = {"task": task, "options": {"seed": 11, "size": NUM_INSTANCES}, "index": index}
+    named = {"task": task, "options": options(task), "index": index}
     return resolve("reasoning_gym", {})("", completion, "", **named).score
 
 
@@ -122,7 +134,7 @@ NO_TASK = {"composite"}  # mixes others
 
 
 def oracle(task: str, index: int) -> str:
-    item = entry(task, {"seed": 11, "size": NUM_INSTANCES}, index)
+    item = entry(task, options(task), index)
     return ORACLES[task](item["metadata"]) if task in ORACLES else str(item["answer"])
 
 
