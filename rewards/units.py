@@ -32,6 +32,7 @@ SCALES = {
 }
 COMPOUND = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h"}
 
+NUMBER = re.compile(r"[\s$+-]*(?:\\(?:d?frac|sqrt|cdot|times|pi|\$)|[\s$\d.,/{}^])+")  # no part of a formula
 MARKUP = re.compile(r"\\(?:text|mathrm|operatorname|mbox|textrm)\s*\{([^{}]*)\}|\\[,;: ]|~")
 FACTOR = r"[A-Za-z]+\.?(?:\s*\^\s*\{?-?[1-9]\}?)?"
 UNIT = re.compile(rf"(?<=[\d}})\s])\s*(?<![A-Za-z\\])({FACTOR}(?:\s*(?:/|\bper\b|\*|\\cdot)\s*{FACTOR})*)[\s$.]*\Z")
@@ -47,11 +48,12 @@ class Quantity(NamedTuple):
 
 
 def quantity(text: str) -> Quantity | None:
-    """`text` taken apart; None where no known unit stands at its end."""
+    """`text` taken apart; None where it is no number with a known unit behind it."""
     text = MARKUP.sub(lambda found: f" {found[1] or ''}", text)
     found = UNIT.search(text)
     unit = _unit(COMPOUND.get(found[1], found[1])) if found else None
-    return Quantity(text[: found.start()], *unit) if found and unit else None
+    value = text[: found.start()] if found else ""
+    return Quantity(value, *unit) if unit and NUMBER.fullmatch(value) else None
 
 
 def _unit(text: str) -> tuple[Fraction, dict[str, int]] | None:

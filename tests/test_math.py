@@ -111,6 +111,8 @@ EQUAL = [
     ("60 mph", "60 miles per hour"),
     (r"10\text{ m/s}^2", r"1000\,\mathrm{cm/s^2}"),
     ("5", "5 m/s"),
+    ("c + d", "c + d"),
+    ("3x + s", "3x + s"),
 ]
 DIFFERENT = [
     (r"\frac{1}{2}", "0.51"),
