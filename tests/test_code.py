@@ -327,6 +327,8 @@ def test_the_last_program_of_the_language_counts(completion, found):
     [
         ("lines", "1 2 \n3\n\n", "1 2\n3", 0.0, True),
         ("lines", "1 2 3", "1 2\n3", 0.0, False),
+        ("lines", "1 2", "1 2\n3", 0.0, False),
+        ("lines", "1 2\n3", "1 2", 0.0, False),
         ("words", "1 2 3", "1 2\n3", 0.0, True),
         ("exact", "1\n", "1", 0.0, False),
         ("lines", "1.0", "1", 0.0, True),

@@ -126,6 +126,8 @@ def test_loose_forgives_an_introduction_and_asterisks():
     text = "Sure, here it is:\n**one two**"
     assert not strict("", text, "", **FIELDS).solved
     assert loose("", text, "", **FIELDS).solved
+    assert loose("", "one two\nI hope, this helps.", "", **FIELDS).solved
+    assert loose("", "Sure, here it is:\none two\nI hope, this helps.", "", **FIELDS).solved
     assert not loose("", "one, two\nthree, four, five\nsix, seven", "", **FIELDS).solved
 
 
