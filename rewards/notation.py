@@ -59,10 +59,10 @@ def rewritten(text: str) -> str:
 def relation(text: str) -> tuple[str, str]:
     """The relation that `text` begins with, as in "> 5" or "not 5", of which math-verify reads the value alone; and the
     rest."""
-    text = text.lstrip(" \t\n$")
-    found = RELATION.match(text)
-    name = "!=" if NEGATION.match(text) else RELATIONS.get(found[0], "") if found else ""
-    return name, text[found.end() :] if found and name else text
+    bare = text.strip(" \t\n$")
+    found = RELATION.match(bare)
+    name = "!=" if NEGATION.match(bare) else RELATIONS.get(found[0], "") if found else ""
+    return (name, bare[found.end() :] if found else bare) if name else ("", text)
 
 
 def bracket(text: str) -> str:

@@ -112,6 +112,9 @@ EQUAL = [
     (r"10\text{ m/s}^2", r"1000\,\mathrm{cm/s^2}"),
     ("5", "5 m/s"),
     ("c + d", "c + d"),
+    ("$1+x$", "x+1"),
+    (r"$x \ge 2$", r"[2,\infty)"),
+    (r"$\le 2$", r"\leq 2"),
     ("3x + s", "3x + s"),
 ]
 DIFFERENT = [
