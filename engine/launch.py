@@ -41,8 +41,8 @@ from engine.stream import Silence
 from engine.weights import WeightsError
 
 # In the ranks' store, which torchrun does not encrypt.
-RUN_KEY, STAGE_KEY, ADDRESS_KEY, DONE_KEY = "leeway/run", "leeway/stage", "leeway/address", "leeway/done"
-JOIN_KEY = "leeway/key"
+RUN_KEY, CHECKPOINT_KEY, STAGE_KEY = "leeway/run", "leeway/checkpoint", "leeway/stage"
+ADDRESS_KEY, JOIN_KEY, DONE_KEY = "leeway/address", "leeway/key", "leeway/done"
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,33 +155,54 @@ def run(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> No
         run_rank(config, place, stop, resume, store)
         return
     if place.rank == 0:
-        root = stages.open_root(config, resume)
+        held = stages.open_root(config, resume)  # until this function returns
+        root, first = held.path, stages.num_done(config, held.path)
         if store is not None:
             store.set(RUN_KEY, str(root))
-            store.set(STAGE_KEY, str(stages.num_done(config, root)))
+            store.set(STAGE_KEY, str(first))
     else:
         assert store is not None
-        root = Path(store.get(RUN_KEY).decode())
-    first = stages.num_done(config, root) if store is None else int(store.get(STAGE_KEY))
+        root, first = Path(store.get(RUN_KEY).decode()), int(store.get(STAGE_KEY))
     for number, stage in list(enumerate(stages.configs(config, root)))[first:]:
+        begun = None
         if place.rank == 0:
             print(f"stage {number + 1} of {len(config.stages)}: {stage.run.name}", flush=True)
+            begun = stages.to_resume(stage)
         its_store = None if store is None else dist.PrefixStore(f"stage-{number}", store)
-        run_rank(stage, place, stop, stages.to_resume(stage), its_store)
+        run_rank(stage, place, stop, begun, its_store, root)
 
 
-def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None, store: dist.Store | None) -> None:
-    if place.rank == 0:
-        run = prepare(config, stop) if resume is None else reopen(Path(resume), config)
-        if store is not None:
-            store.set(RUN_KEY, str(run.path))
-    else:
+def open_run(
+    config: Config, place: Seat, stop: StopSignal, resume: str | None, store: dist.Store | None
+) -> tuple[RunDirectory, Path | None]:
+    """A learner rank's run, and the checkpoint to continue from. Rank 0 makes or opens the one, and chooses the other
+    for all: to choose is to read the whole of it."""
+    if place.rank != 0:
         assert store is not None
-        run = RunDirectory(Path(store.get(RUN_KEY).decode()))
+        run, name = RunDirectory(Path(store.get(RUN_KEY).decode())), store.get(CHECKPOINT_KEY).decode()
+        return run, run.checkpoints / name if name else None
+    run = prepare(config, stop) if resume is None else reopen(Path(resume), config)
+    begin = None if resume is None else checkpoint.latest(run.path)
+    if store is not None:
+        store.set(RUN_KEY, str(run.path))
+        store.set(CHECKPOINT_KEY, "" if begin is None else begin.name)
+    return run, begin
+
+
+def learner_rank(
+    config: Config,
+    place: Seat,
+    stop: StopSignal,
+    resume: str | None,
+    store: dist.Store | None,
+    root: Path | None = None,
+) -> None:
+    """Learns one run, alone or below `root` as one stage of many. `resume` is rank 0's alone."""
+    run, begin = open_run(config, place, stop, resume, store)
     join_learners(place, store, config.deadlines.collective_s)
     source = msgspec.structs.replace(config.model, path=str(run.model), init={}) if config.model.init else config.model
     policy = _build(config, source, tokenizer.load(source))
-    job = Job(config, run, place, stop, policy, None if resume is None else checkpoint.latest(run.path))
+    job = Job(config, run, place, stop, policy, begin)
     try:
         if store is not None and job.lead:
             store.set(JOIN_KEY, "" if config.placement.trusted else run.key.read_text())
@@ -192,14 +213,21 @@ def learner_rank(config: Config, place: Seat, stop: StopSignal, resume: str | No
         if store is not None and job.lead:
             store.set(DONE_KEY, "")
     except Stopped as error:
-        raise Stopped(f"{error} at version {job.learner.version}; continue with --resume {run.path}") from error
+        raise Stopped(f"{error} at version {job.learner.version}; continue with --resume {root or run.path}") from error
     finally:
         job.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def generator_rank(config: Config, place: Seat, stop: StopSignal, resume: str | None, store: dist.Store | None) -> None:
+def generator_rank(
+    config: Config,
+    place: Seat,
+    stop: StopSignal,
+    resume: str | None,
+    store: dist.Store | None,
+    root: Path | None = None,
+) -> None:
     """Supervises one generator until the run ends."""
     assert store is not None
     address = store.get(ADDRESS_KEY).decode()

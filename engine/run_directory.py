@@ -174,6 +174,8 @@ def check_resumable(path: Path, config: Config) -> None:
     if not run.config.exists():
         raise ConfigError(f"--resume = {path}: no run directory (it has no config.toml)")
     old, new = msgspec.to_builtins(load(run.config)), msgspec.to_builtins(config)
+    if old["stages"]:
+        raise ConfigError(f"--resume = {path}: a job of stages, and this file has none")
     for field in PINNED:
         before, now = _at(old, field), _at(new, field)
         if before != now:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config import Config, ConfigError, merge, parse, to_toml
+from engine.config import Config, ConfigError, load, merge, parse, to_toml
 from engine.run_directory import RunDirectory, new_directory
 
 
@@ -34,12 +34,13 @@ def directories(config: Config, root: Path) -> list[Path]:
     return [root / f"{number}-{stage['name']}" for number, stage in enumerate(config.stages, 1)]
 
 
-def open_root(config: Config, resume: str | None) -> Path:
-    """The directory of the whole job, new or the one to resume, held for this process. It keeps the whole file."""
+def open_root(config: Config, resume: str | None) -> RunDirectory:
+    """The directory of the whole job, new or the one to resume, held as long as what this returns lives. It keeps the
+    whole file."""
     run = RunDirectory(Path(resume)) if resume else new_directory(config)
     run.occupy()
     run.config.write_text(to_toml(config))
-    return run.path
+    return run
 
 
 def num_done(config: Config, root: Path) -> int:
@@ -49,7 +50,8 @@ def num_done(config: Config, root: Path) -> int:
 
 
 def to_resume(stage: Config) -> str | None:
-    """The directory of `stage`, where it began; one that was left before it had a configuration is removed."""
+    """The directory of `stage`, where it began; one that was left before it had a configuration is removed. For the
+    holder of the root alone: elsewhere it may be one that is being made."""
     run = RunDirectory(Path(stage.run.directory))
     if run.config.exists():
         return str(run.path)
@@ -62,6 +64,8 @@ def check_resumable(path: Path, config: Config) -> None:
     run = RunDirectory(path)
     if not run.config.exists():
         raise ConfigError(f"--resume = {path}: no run directory (it has no config.toml)")
+    if not load(run.config).stages:
+        raise ConfigError(f"--resume = {path}: a run without stages; name the directory of the whole job")
     names = [folder.name for folder in directories(config, path)]
     begun = sorted(
         (folder.parent.name for folder in path.glob("*/config.toml")), key=lambda name: int(name.split("-")[0])
@@ -83,6 +87,8 @@ def _configs(config: Config, root: Path) -> Iterator[Config]:
             parsed = parse(table)
         except ConfigError as error:
             raise ConfigError(f"stages.{number}: {error}") from error
+        if not parsed.checkpoint.export and number + 1 < len(names):
+            raise ConfigError(f"stages.{number}: checkpoint.export = false: the next stage begins with what it exports")
         yield _continued(parsed, folders[:number]) if number else parsed
 
 
