@@ -30,7 +30,7 @@ from engine.weights import Manifest, Publisher  # noqa: E402
 from engine.weights.delta import CHANGE_BYTES  # noqa: E402
 
 RATES = (1e-6, 1e-5, 1e-4, 1e-3)
-STEPS, QUICK_STEPS = 12, 4
+STEPS, QUICK_STEPS = 8, 4
 BATCH, LENGTH, VOCAB = 8, 48, 512
 LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8}
 

@@ -223,7 +223,9 @@ def test_writer_of_deltas_killed_at_any_moment(seed: int) -> None:
 
 def staging_few(pipe: Connection) -> Subscriber:
     assert pipe.poll(10) and pipe.recv() == 0
-    return Subscriber(SharedSource(NAME))
+    source = SharedSource(NAME)
+    source.far = True  # takes deltas, as readers through TCP do
+    return Subscriber(source)
 
 
 def few_of(staged: Staged) -> Staged:
