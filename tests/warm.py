@@ -7,6 +7,7 @@ LEEWAY_WARM, of which a fork then is the server: with its environment, input and
 outlives the other. SGLang's children are forks too, unless LEEWAY_SPAWN is set. All that follows the imports is real.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ def main(path: str) -> None:
     import sglang.srt.managers.scheduler  # type: ignore[import-not-found]
     import sglang.srt.models.registry  # type: ignore[import-not-found] # noqa: F401
 
+    gc.freeze()  # else each fork goes through all that was imported, and copies it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
