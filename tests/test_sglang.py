@@ -269,9 +269,12 @@ def test_a_prefix_of_old_weights_serves_no_new_request(started: SGLang, tmp_path
 def test_the_samples_of_a_group_share_the_cache_of_their_prompt(
     engine: SGLang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate, cached = engine._client.generate, dict[str, list[int]]()
+    """The first has it computed; the others ask when they will find it."""
+    generate, asked, cached = engine._client.generate, set[str](), dict[str, list[int]]()
 
     async def noted(request: dict[str, Any]) -> AsyncIterator[Meta]:
+        assert request["extra_key"] in cached or request["extra_key"] not in asked
+        asked.add(request["extra_key"])
         async for meta in generate(request):
             if meta.completion_tokens == 1:
                 cached.setdefault(request["extra_key"], []).append(meta.cached_tokens)
@@ -288,12 +291,34 @@ def test_the_samples_of_a_group_share_the_cache_of_their_prompt(
 
 
 def test_tokens_arrive_while_their_completions_go_on(engine: SGLang) -> None:
-    engine.submit(lease(0, num_samples=8, max_new_tokens=64))
-    seen = set[int]()
-    while engine.num_running == 8:
-        seen.add(engine.generated_tokens)
+    engine.submit(lease(0, num_samples=16, max_new_tokens=64))
+    [request], seen = engine._requests, set[int]()
+    while engine.num_running:
+        seen |= {len(sequence.token_ids) for sequence in request.sequences if sequence.finish is None}
         time.sleep(0.002)
-    assert len(seen - {0}) >= 3 and not engine._finished
+    assert {1, 17, 33} <= seen
+
+
+def test_a_generator_that_was_killed_leaves_its_server_to_the_next(started: SGLang, tmp_path: Path) -> None:
+    """Whatever it had asked for, and whichever weights it had loaded."""
+    with spawned(sample_until_killed, started, tmp_path) as (process, pipe):
+        assert pipe.poll(WAIT_S) and pipe.recv() > 0
+        process.kill()
+    with joined(started, tmp_path) as engine:
+        load(engine, 1)
+        engine.submit(lease(0, num_samples=4))
+        sampled = collect(engine, 1)[0]
+    assert set(sampled.versions) == {1} and differences(sampled).max() < 1e-4
+
+
+def sample_until_killed(pipe: Connection, started: SGLang, folder: Path) -> None:
+    torch.set_num_threads(1)
+    with joined(started, folder) as engine:
+        load(engine, 0)
+        engine.submit(lease(0, num_samples=16, max_new_tokens=64))
+        sampled_tokens(engine, 32)
+        pipe.send(engine.num_running)
+        signal.pause()
 
 
 def test_a_server_that_another_updated_is_noticed(started: SGLang, engine: SGLang) -> None:
