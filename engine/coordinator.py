@@ -36,6 +36,7 @@ from engine.schema import (
     Lapsed,
     Lease,
     Prompt,
+    Sampling,
     State,
     Taken,
     Took,
@@ -127,8 +128,8 @@ class Coordinator:
         for row in self._ledger.in_flight():
             self.tickets.acquire(row["group_id"])
             if row["state"] == "pending":
-                task = self._training_task(row["group_id"], row["domain"], row["prompt_index"])
-                task.attempt, task.failures = row["attempt"], row["failures"]
+                prompt = self._prompts.prompt(row["domain"], row["prompt_index"])
+                task = Task("train", row["group_id"], prompt, attempt=row["attempt"], failures=row["failures"])
                 heapq.heappush(self._pending, (task.group_id, task))
         for waiting in kept.waiting:
             self.buffer.admit(msgspec.structs.replace(waiting, arrived_s=now))
@@ -309,7 +310,7 @@ class Coordinator:
         """Begins an evaluation or a probe. While one with `wait` is open nothing else is leased, and its leases go
         only to generators at the published version."""
         prompts = self._probe_prompts() if kind == "probe" else self._prompts.held_out()
-        self.surveys.begin(name, kind, wait, prompts, now)
+        self.surveys.begin(name, kind, wait, prompts, self.version, now)
 
     def evaluation(self, name: str) -> Evaluation | None:
         """The finished evaluation begun with `wait`, once; None while it goes on."""
@@ -388,7 +389,7 @@ class Coordinator:
             return heapq.heappop(self._pending)[1]
         if self.tickets.num_free == 0:
             return None
-        task = self._training_task(self._num_drawn, *self._prompts.draw(self.tally))
+        task = Task("train", self._num_drawn, self._prompts.prompt(*self._prompts.draw(self.tally)))
         self.tally.drawn(task.prompt.domain)
         self.tickets.acquire(task.group_id)
         self._num_drawn += 1
@@ -404,12 +405,6 @@ class Coordinator:
         self._round -= 1
         return True
 
-    def _training_task(self, group_id: int, domain: str, index: int) -> Task:
-        sampling, num_samples = samplings(self._schedule.at(self.version))["train"]
-        if self._temperature is not None:
-            sampling = msgspec.structs.replace(sampling, temperature=self._temperature)
-        return Task("train", group_id, self._prompts.prompt(domain, index), sampling, num_samples)
-
     def _probe_prompts(self) -> list[Prompt]:
         """Training prompts of every domain; the cursor stays where it is."""
         domains = [domain.name for domain in self._config.domains]
@@ -419,6 +414,8 @@ class Coordinator:
     def _grant(self, task: Task, generator: str, now: float) -> Lease:
         task.attempt += 1
         task.generator, task.version, task.leased_s = generator, self.roster.newest_applied, now
+        if task.kind == "train":
+            task.sampling, task.num_samples = self._training(task.version)
         self.roster.members[generator].num_wanted -= task.num_samples
         self._leased[task.key] = task
         lease = task.lease(self._config.run.seed)
@@ -427,6 +424,13 @@ class Coordinator:
             self._note(Granted(task.group_id, task.attempt, *place, task.version, generator))
             self._ledger.leased(lease, generator)
         return lease
+
+    def _training(self, version: int) -> tuple[Sampling, int]:
+        """How a group leased at `version` is sampled, and how often: by the schedule's entry that will judge it."""
+        sampling, num_samples = samplings(self._schedule.at(version))["train"]
+        if self._temperature is not None:
+            sampling = msgspec.structs.replace(sampling, temperature=self._temperature)
+        return sampling, num_samples
 
     def _held_by(self, generator: str) -> list[Task]:
         return [task for task in self._leased.values() if task.generator == generator]

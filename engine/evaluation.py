@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from engine.config import Config
+from engine.schedule import Schedule
 from engine.schema import Evaluation, Group, Kind, Prompt, Score
 from engine.task import Task, samplings
 
@@ -16,7 +17,7 @@ class Surveys:
     def __init__(self, config: Config):
         self.num_tasks = 0  # ever; numbers them, so that every evaluation draws other random numbers
         self.completed: list[Evaluation] = []  # of those that nobody waits for
-        self._sampling = samplings(config)
+        self._schedule = Schedule(config)
         self._under_way: dict[int, Survey] = {}  # by the number of its first task
         self._pending: deque[Task] = deque()
         self._evaluations: dict[str, Evaluation] = {}
@@ -31,11 +32,12 @@ class Surveys:
         """The evaluations that nobody waits for, which a resume begins again."""
         return [survey.name for survey in self._under_way.values() if survey.kind == "eval" and not survey.wait]
 
-    def begin(self, name: str, kind: Kind, wait: bool, prompts: list[Prompt], now: float) -> None:
-        number = self.num_tasks
+    def begin(self, name: str, kind: Kind, wait: bool, prompts: list[Prompt], version: int, now: float) -> None:
+        """All its tasks are sampled as the schedule says at `version`, the learner's."""
+        number, sampled = self.num_tasks, samplings(self._schedule.at(version))[kind]
         self._under_way[number] = Survey(name, kind, wait, len(prompts), now)
         for prompt in prompts:
-            self._pending.append(Task(kind, self.num_tasks, prompt, *self._sampling[kind], survey=number))
+            self._pending.append(Task(kind, self.num_tasks, prompt, *sampled, survey=number))
             self.num_tasks += 1
         self._conclude(number, now)
 

@@ -11,13 +11,14 @@ GAIN, SWING = 0.2, 2.0  # of the temperature that follows the entropy
 
 
 class Task(msgspec.Struct):
-    """A group that is leased or waits for a lease; `version` and `leased_s` are those of its present lease."""
+    """A group that is leased or waits for a lease; `generator`, `version` and `leased_s` are those of its present
+    lease, and so are the sampling and the number of samples of a training group."""
 
     kind: Kind
     group_id: int
     prompt: Prompt
-    sampling: Sampling
-    num_samples: int
+    sampling: Sampling | None = None
+    num_samples: int = 0
     survey: int = -1  # the evaluation or probe that it belongs to
     attempt: int = 0
     failures: int = 0
@@ -30,6 +31,7 @@ class Task(msgspec.Struct):
         return self.kind, self.group_id
 
     def lease(self, seed: int) -> Lease:
+        assert self.sampling is not None, "a lease of nothing to sample"
         return Lease(
             kind=self.kind,
             group_id=self.group_id,

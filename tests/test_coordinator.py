@@ -406,23 +406,62 @@ def test_decisions_are_noted_in_order(tmp_path: Path) -> None:
 # ---- schedules ---------------------------------------------------------------------------------------------------
 
 
-def test_leases_follow_the_schedule_by_the_learners_version(tmp_path: Path) -> None:
+def scheduled(tmp_path: Path) -> Coordinator:
+    """Groups of 3 up to 4 tokens long from step 1 on; of 2 up to 8 tokens before."""
     entry = {"step": 1, "generator": {"temperature": 0.5, "max_new_tokens": 4}, "run": {"group_size": 3}}
     settings = msgspec.structs.replace(fake_run.config(), schedule=[entry])
     coordinator = fake_run.coordinator(settings, tmp_path)
     coordinator.begin(0.0)
     coordinator.published(0, 0.0)
-    leases = enter(coordinator, "g", 99)
-    assert {(lease.num_samples, lease.sampling.temperature, lease.sampling.max_new_tokens) for lease in leases} == {
-        (2, 1.0, 8)
+    return coordinator
+
+
+def sampled(*leases: Lease) -> set[tuple[int, int, float, int]]:
+    return {
+        (lease.version, lease.num_samples, lease.sampling.temperature, lease.sampling.max_new_tokens)
+        for lease in leases
     }
+
+
+def test_leases_follow_the_schedule_by_their_own_version(tmp_path: Path) -> None:
+    """That is what they are judged by: neither the learner's, which may be ahead, nor that of an earlier lease."""
+    coordinator = scheduled(tmp_path)
+    leases = enter(coordinator, "g", 99)
+    assert sampled(*leases) == {(0, 2, 1.0, 8)}
+    assert give(coordinator, leases[0], leases[1]) == ["", ""]
+    step(coordinator, coordinator.take(2, 0, 2.0))
+    coordinator.failure("g", Failure("train", 2, 1, "out of memory"), 2.0)
+    early = coordinator.grants(2.0)["g"]  # version 1 is trained and published, but not applied
+    assert [lease.group_id for lease in early] == [2] and sampled(*early) == {(0, 2, 1.0, 8)}
+    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.failure("g", Failure("train", 3, 1, "out of memory"), 2.0)
+    late = coordinator.grants(2.0)["g"]
+    assert [lease.group_id for lease in late] == [3, 4, 5] and sampled(*late) == {(1, 3, 0.5, 4)}
+    assert give(coordinator, *early, *late) == [""] * 4
+
+
+def test_a_group_drawn_ahead_of_the_weights_is_sampled_as_it_is_judged(tmp_path: Path) -> None:
+    coordinator = scheduled(tmp_path)
+    leases = enter(coordinator, "g", 99)
+    give(coordinator, *leases[:2])
+    step(coordinator, coordinator.take(2, 0, 2.0))
+    give(coordinator, leases[2], uniform=True)  # filtered: its ticket serves a new draw
+    (drawn,) = coordinator.grants(2.0)["g"]
+    assert drawn.group_id == 4 and sampled(drawn) == {(0, 2, 1.0, 8)}
+
+
+def test_evaluations_follow_the_schedule(tmp_path: Path) -> None:
+    """Else a curriculum of longer answers would be measured cut off at the first limit."""
+    coordinator = scheduled(tmp_path)
+    coordinator.evaluate("before", "eval", True, 0.0)
+    leases = enter(coordinator, "g", 99)
+    assert {lease.sampling.max_new_tokens for lease in leases} == {8}
     give(coordinator, *leases)
+    give(coordinator, *coordinator.grants(1.0)["g"])
     step(coordinator, coordinator.take(2, 0, 2.0))
     coordinator.applied("g", 0, 1, 2.0)
-    later = coordinator.grants(2.0)["g"]
-    assert {(lease.num_samples, lease.sampling.temperature, lease.sampling.max_new_tokens) for lease in later} == {
-        (3, 0.5, 4)
-    }
+    coordinator.evaluate("after", "eval", True, 2.0)
+    assert {lease.sampling.max_new_tokens for lease in coordinator.grants(2.0)["g"]} == {4}
 
 
 def test_the_temperature_follows_the_entropy_also_over_a_resume(tmp_path: Path) -> None:
