@@ -73,10 +73,11 @@ class Roster:
         return min((member.applied for member in self.members.values() if member.routed), default=-1)
 
     def publish(self, version: int, now: float) -> None:
-        """Supersedes a version not yet applied; what is owed is owed since the first one missed."""
+        """Supersedes a version not yet applied; what is owed is owed since the first one missed. A member that found
+        the weights before we heard of them owes nothing."""
         self.published = version
         for member in self.members.values():
-            if member.routed and member.behind_s is None:
+            if member.routed and member.applied < version and member.behind_s is None:
                 member.behind_s = now
 
     def apply(self, name: str, version: int, settled: int, now: float) -> None:

@@ -246,6 +246,20 @@ def test_a_generator_that_does_not_apply_leaves_routing_until_it_does(tmp_path: 
     assert len(coordinator.grants(33.0)["h"]) == 1
 
 
+def test_a_generator_that_applies_before_the_publish_is_heard_owes_nothing(tmp_path: Path) -> None:
+    """The weights lie ready before the learner says so, and a generator that joins just then finds them."""
+    coordinator = begun(tmp_path, lease_s=100.0, publish_s=30.0)
+    give(coordinator, *enter(coordinator, "g", 8))
+    taken = coordinator.take(2, 0, 1.0)
+    assert taken is not None
+    coordinator.trained(Trained(1, [group.group_id for group in taken.groups], "trained"), 2.0)
+    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.published(1, 2.0)
+    assert coordinator.tick(33.0) == []
+    coordinator.request("g", 4, 33.0)
+    assert len(coordinator.grants(33.0)["g"]) == 2
+
+
 def test_weights_older_than_what_is_settled_do_not_route(tmp_path: Path) -> None:
     coordinator = begun(tmp_path)
     give(coordinator, *enter(coordinator, "g", 8))
