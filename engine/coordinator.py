@@ -324,7 +324,7 @@ class Coordinator:
         """The counts of this moment. Each evaluation finished without `wait` is handed out once."""
         completed, self.surveys.completed = self.surveys.completed, []
         num_leased = sum(task.kind == "train" for task in self._leased.values())
-        in_flight = len(self._pending) + num_leased + len(self.buffer) + len(self._taken)
+        in_flight = self.tally.in_flight.total()
         generated_tokens, busy_s, idle_s = self.roster.totals()
         return State(
             ends={**{end: self._ends[end] for end in ENDS}, "in_flight": in_flight, "drawn": self._num_drawn},
@@ -387,7 +387,8 @@ class Coordinator:
             return None
         if self._pending:
             return heapq.heappop(self._pending)[1]
-        if self.tickets.num_free == 0:
+        run = self._config.run
+        if self.tickets.num_free == 0 or self.tally.suffices((run.steps - self.version) * run.groups_per_step):
             return None
         task = Task("train", self._num_drawn, self._prompts.prompt(*self._prompts.draw(self.tally)))
         self.tally.drawn(task.prompt.domain)

@@ -50,6 +50,12 @@ class Tally:
         self.ended[domain] += 1
         self.trained[domain] += end == "trained"
 
+    def suffices(self, num_groups: int) -> bool:
+        """Whether `num_groups` of those in flight will be trained if as large a share of them as of all groups so far
+        ends otherwise."""
+        in_flight, trained, ended = (counts.total() for counts in (self.in_flight, self.trained, self.ended))
+        return in_flight * (in_flight + trained) >= num_groups * max(1, in_flight + ended)
+
     def judged(self, rate: PassRate) -> None:
         """The prompt's, unless a later draw of it is known. Of nothing judged nothing is learned."""
         place = rate.domain, rate.prompt

@@ -40,12 +40,14 @@ class CountingPrompts:
         self.drawn = state["drawn"]
 
 
-def config(*, max_staleness: int = 1, groups_per_step: int = 2, group_size: int = 2, **deadlines: float) -> Config:
+def config(
+    *, steps: int = 1000, max_staleness: int = 1, groups_per_step: int = 2, group_size: int = 2, **deadlines: float
+) -> Config:
     return parse(
         {
             "run": {
                 "name": "test",
-                "steps": 10,
+                "steps": steps,
                 "groups_per_step": groups_per_step,
                 "group_size": group_size,
                 "max_staleness": max_staleness,

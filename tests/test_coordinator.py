@@ -114,6 +114,29 @@ def test_a_filtered_group_gives_its_ticket_to_the_next_prompt(tmp_path: Path) ->
     assert row == ("[1,2]", "[0]")
 
 
+def test_no_more_is_drawn_than_the_last_steps_can_use(tmp_path: Path) -> None:
+    coordinator = begun(tmp_path, steps=2, max_staleness=4)  # 10 tickets
+    leases = enter(coordinator, "g", 99)
+    assert [lease.group_id for lease in leases] == [0, 1, 2, 3]
+    give(coordinator, *leases)
+    step(coordinator, coordinator.take(2, 0, 1.0))
+    coordinator.applied("g", 0, 1, 2.0)
+    assert coordinator.grants(2.0) == {}
+    step(coordinator, coordinator.take(2, 1, 2.0))
+    coordinator.applied("g", 0, 2, 2.0)
+    assert coordinator.grants(2.0) == {}
+    assert coordinator.state(2.0).ends["in_flight"] == 0
+
+
+def test_where_groups_are_filtered_as_many_more_are_drawn_for_the_last_steps(tmp_path: Path) -> None:
+    coordinator = begun(tmp_path, steps=1, max_staleness=4)
+    first, second = enter(coordinator, "g", 99)
+    give(coordinator, first, uniform=True)
+    assert len(coordinator.grants(1.0)["g"]) == 2  # one of two was lost: now 3 are in flight, of which 2 might do
+    give(coordinator, second)
+    assert coordinator.grants(1.0) == {}
+
+
 def test_what_the_metrics_need_of_a_take(tmp_path: Path) -> None:
     coordinator = begun(tmp_path)
     leases = enter(coordinator, "g", 8)
