@@ -101,10 +101,11 @@ class CoordinatorLoop:
 
     def run(self) -> None:
         self._link.send(Ready(f"tcp://{self._config.placement.bind}:{self._hub.port}", self._incarnation))
-        while not self._finished:
-            now = time.monotonic()
+        while True:
             deadline = self._coordinator.next_deadline()
-            self._pump.wait(now + IDLE_S if deadline is None else deadline)
+            self._pump.wait(time.monotonic() + IDLE_S if deadline is None else deadline)
+            if self._finished:
+                return
             now = time.monotonic()
             for line in self._coordinator.tick(now):
                 print(line, flush=True)
@@ -134,6 +135,8 @@ class CoordinatorLoop:
     # ---- generators ----
 
     def _hear_generators(self) -> None:
+        if self._finished:  # in this very turn: the learner has the last counts
+            return
         now = time.monotonic()
         for peer, message, frames in self._hub.drain():
             if isinstance(message, Hello):
@@ -201,10 +204,11 @@ class CoordinatorLoop:
         self._to_all(Publish(self._incarnation, message.version), now)
 
     def _on_save(self, message: Save, now: float) -> None:
+        state = self._coordinator.state(now)  # first: what it hands out a resume shall not hand out again
         snapshot = self._coordinator.snapshot(message.step)
         (Path(message.path) / SNAPSHOT).write_bytes(snapshot)
         self._record(Saved(message.step, digest(snapshot)))
-        self._link.send(Done(self._coordinator.state(now)))
+        self._link.send(Done(state))
 
     def _on_finished(self, message: Finished, now: float) -> None:
         self._finished = message.reason

@@ -147,12 +147,14 @@ class Job:
 
     def save(self) -> None:
         """A checkpoint of this moment, whole or not there at all; generators go on meanwhile."""
-        step, states = self.learner.version, []
-        checkpoint.save(
-            self.run.path, self.config, self.learner, lambda path: states.append(self.rollouts.save(str(path), step))
-        )
-        for evaluation in (evaluation for state in states for evaluation in state.completed_evaluations):
-            self.report_evaluation(evaluation)
+
+        def save_rollouts(folder: Path) -> None:
+            """What the coordinator hands out now is in no checkpoint, so it is recorded before this one counts."""
+            state = self.rollouts.save(str(folder), self.learner.version)
+            for evaluation in state.completed_evaluations:
+                self.report_evaluation(evaluation)
+
+        checkpoint.save(self.run.path, self.config, self.learner, save_rollouts)
 
     def check_parity(self) -> None:
         """Generator and learner must agree on fresh tokens. Raises `Mismatch` beyond `learner.parity_bound`."""
