@@ -78,6 +78,7 @@ class Actor:
         self._scoring: dict[Key, Sampled] = {}
         self._unacknowledged: dict[Key, tuple[float, Result]] = {}
         self._requested = -1
+        self._applied: Applied | None = None  # the newest version's
         self._busy_s = self._idle_s = 0.0
         self._heard = self._spoke = time.monotonic()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK)
@@ -169,6 +170,7 @@ class Actor:
     def _take_weights(self) -> None:
         applied = self._intake.advance()
         if applied is not None:
+            self._applied = applied
             self._idle_s += applied.pause_s
             self._link.send(applied)
             self._spoke = 0.0  # a heartbeat at once: the counters of this version
@@ -231,14 +233,17 @@ class Actor:
     # ---- outgoing ----
 
     def _speak(self) -> None:
-        wanted = self._capacity()
-        if wanted != self._requested:
+        """What changed at once, and all of it again with every heartbeat: a connection that broke may have lost it."""
+        wanted, now = self._capacity(), time.monotonic()
+        due = now - self._spoke >= self._config.deadlines.heartbeat_s
+        if due or wanted != self._requested:
             self._requested = wanted
             self._link.send(Request(wanted))
-        now = time.monotonic()
-        if now - self._spoke < self._config.deadlines.heartbeat_s:
+        if not due:
             return
         self._spoke = now
+        if self._applied is not None:
+            self._link.send(self._applied)
         held = sorted(self._held | self._unacknowledged.keys())
         self._link.send(Heartbeat(held, self._generator.generated_tokens, self._busy_s, self._idle_s))
         for key, (sent, result) in self._unacknowledged.items():
@@ -279,8 +284,8 @@ def main() -> int:
     die_with_parent() if "LEEWAY_PARENT" in os.environ else None
     if threads := arguments.threads or int(os.environ.get("OMP_NUM_THREADS", 0)):
         torch.set_num_threads(threads)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT):  # not 0, by which a supervisor knows that the job is done
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         key = JoinKey.find(arguments.key)
         config, welcome, link = join(arguments.join, arguments.name, key, overrides)

@@ -199,7 +199,7 @@ class Coordinator:
         """The generator samples with `version` from now on; what `message` says of its costs goes to the ledger."""
         member = self.roster.members[generator]
         member.seen_s = now
-        if incarnation != self.incarnation:
+        if incarnation != self.incarnation or version <= member.applied:  # said again with every heartbeat
             return
         member.newest = message
         self.roster.apply(generator, version, self.tickets.settled, now)

@@ -42,6 +42,7 @@ from engine.schema import (
     Result,
     Save,
     Saved,
+    Stalled,
     Stop,
     Take,
     TapRecord,
@@ -81,7 +82,7 @@ class CoordinatorLoop:
         self._record(Began(self._incarnation, self._coordinator.version, digest(snapshot), to_toml(config)))
         self._version: int | None = None  # the newest published
         self._open: Take | Evaluate | None = None  # the learner's request that still waits
-        self._finished = ""
+        self._finished = self._complaint = ""
         self._pump = Pump({self._link.socket: self._hear_learner, self._hub.socket: self._hear_generators})
         self._learner_handlers = {
             Take: self._on_open,
@@ -111,6 +112,7 @@ class CoordinatorLoop:
                 print(line, flush=True)
             self._count_strangers()
             self._answer(now)
+            self._complain(now)
             for generator, leases in self._coordinator.grants(now).items():
                 self._hub.send(generator, Leases(self._incarnation, leases))
 
@@ -176,6 +178,8 @@ class CoordinatorLoop:
     def _on_heartbeat(self, peer: str, beat: Heartbeat, now: float) -> None:
         self._coordinator.heartbeat(peer, beat, now)
         self._hub.send(peer, Beat())
+        if self._version is not None and self._coordinator.roster.members[peer].applied < self._version:
+            self._hub.send(peer, Publish(self._incarnation, self._version))  # a broken connection may have lost it
 
     # ---- learner ----
 
@@ -222,6 +226,13 @@ class CoordinatorLoop:
         if answer is not None:
             self._open = None
             self._link.send(answer)
+
+    def _complain(self, now: float) -> None:
+        """Tells the learner, whose request waits, why no generator samples."""
+        reason = "" if self._open is None else self._coordinator.roster.stalled(now)
+        if reason and reason != self._complaint:
+            self._link.send(Stalled(reason))
+        self._complaint = reason
 
     def _try(self, message: Take | Evaluate, now: float) -> Any:
         if isinstance(message, Take):

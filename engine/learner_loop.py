@@ -130,7 +130,7 @@ class Job:
         if self.recorder is None or self.progress is None:
             return
         self.recorder.record(metrics.evaluation_record(evaluation, evaluation.last_version))
-        scores = ", ".join(f"{name} {s.accuracy:.1%} ± {s.stderr:.1%}" for name, s in evaluation.scores.items())
+        scores = ", ".join(f"{name} {metrics.share(s.accuracy, s.stderr)}" for name, s in evaluation.scores.items())
         span = f"version {evaluation.first_version}"
         if evaluation.last_version != evaluation.first_version:
             span = f"versions {evaluation.first_version} to {evaluation.last_version}"

@@ -62,6 +62,7 @@ FIGURE/DOMAIN; a row of kind `parity` has `mismatch` as measured on purpose when
 """
 
 import importlib.util
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -311,6 +312,13 @@ class Recorder:
         """Safe to call twice."""
         while self._closers:
             self._closers.pop()()
+
+
+def share(mean: float | None, stderr: float | None) -> str:
+    """A mean in per cent with its standard error, where there is one: a single prompt has none."""
+    if mean is None or math.isnan(mean):
+        return "nothing judged"
+    return f"{mean:.1%}" + ("" if stderr is None or math.isnan(stderr) else f" ± {stderr:.1%}")
 
 
 def evaluation_record(evaluation: Evaluation, step: int) -> Record:

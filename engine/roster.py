@@ -35,6 +35,7 @@ class Roster:
         self.busy_s = 0.0
         self.idle_s = 0.0
         self._deadlines = deadlines
+        self._routed_s: float | None = None  # when a member was routed last, or was first missed
 
     def join(self, name: str, now: float) -> None:
         self.members[name] = Member(seen_s=now)
@@ -101,6 +102,22 @@ class Roster:
         return max(ready, key=lambda name: self.members[name].num_wanted, default=None)
 
     # ---- deadlines
+
+    def stalled(self, now: float) -> str:
+        """Why no generator has sampled for `publish_s`; empty where one does, or may yet."""
+        if any(member.routed for member in self.members.values()):
+            self._routed_s = now
+            return ""
+        self._routed_s = now if self._routed_s is None else self._routed_s
+        if now - self._routed_s < self._deadlines.publish_s:
+            return ""
+        if not self.members:
+            return "no generator is a member of the job: see their logs"
+        states = [
+            f"{name} {'loads its model' if member.applied < 0 else f'samples with version {member.applied}'}"
+            for name, member in sorted(self.members.items())
+        ]
+        return f"no generator has applied version {self.published}: {', '.join(states)}; see their logs"
 
     def silent(self, now: float) -> list[str]:
         return [name for name, member in self.members.items() if now >= self._silent_at(member)]

@@ -328,6 +328,12 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     state: State
 
 
+class Stalled(msgspec.Struct, tag=True, frozen=True):
+    """The request waits, and no generator samples for it; said whenever the reason is news."""
+
+    reason: str
+
+
 class Refused(msgspec.Struct, tag=True, frozen=True):
     """The request could not be carried out; the job cannot go on."""
 
@@ -386,7 +392,7 @@ TapRecord = Began | Granted | Lapsed | Result | Ack | Take | Took | Trained | Pu
 FromGenerator = Hello | Request | Applied | Heartbeat | Result | Failure | Bye
 ToGenerator = Welcome | Leases | Ack | Beat | Publish | Stop
 FromLearner = Take | Trained | Published | Save | Evaluate | Finished
-ToLearner = Ready | Taken | Evaluated | Probed | Done | Refused
+ToLearner = Ready | Taken | Evaluated | Probed | Done | Stalled | Refused
 
 
 # ---- binary form -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from engine.keys import JoinKey, Lock
 from engine.schema import SCHEMA_VERSION, TapRecord, decode, encode
 
 MOST_AT_ONCE = 64  # messages
+LAST_WORDS_MS = 100  # in which what a process said before its end still arrives
 
 
 class Silence(TimeoutError):
@@ -73,17 +74,18 @@ class Link:
 
     def receive(self, timeout_s: float, phase: str, watch: Iterable[Watched] = ()) -> Any:
         """The next message. Raises `Silence`, which names `phase`, after `timeout_s` seconds, and a watched thing's
-        own error when that happens first."""
+        own error when that happens first and nothing is left to read."""
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
         watched = {thing.fd: thing for thing in watch}
         for fd in watched:
             poller.register(fd, zmq.POLLIN)
         ready = dict(poller.poll(round(timeout_s * 1000)))
-        for fd in ready.keys() & watched.keys():
-            raise watched[fd].error()
-        if self.socket in ready:
+        ended = ready.keys() & watched.keys()
+        if self.socket in ready or (ended and self.socket.poll(LAST_WORDS_MS)):
             return next(self.drain())
+        for fd in ended:
+            raise watched[fd].error()
         raise Silence(f"{phase}: no answer for {timeout_s:g} s")
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import math
 
 import msgspec
+import numpy as np
 
 from engine.config import Config, Generator
 from engine.schema import Group, Kind, Lease, Prompt, Sampling
@@ -51,6 +52,8 @@ class Task(msgspec.Struct):
             return f"{sorted(samples)} samples instead of {self.num_samples}"
         if tokens != {sum(group.lengths)}:
             return f"{sorted(tokens)} tokens instead of {sum(group.lengths)}"
+        if not np.isfinite(group.logprobs).all():
+            return "a log-probability is infinite or not a number"
         segments = [len(verdict.segments) for verdict in group.verdicts]
         if any(segments) and segments != [len(ends) for ends in group.segment_ends]:
             return f"{segments} judged segments, ends of {[len(ends) for ends in group.segment_ends]}"
