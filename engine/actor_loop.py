@@ -22,10 +22,11 @@ from engine.config import Config, ConfigError, load_text
 from engine.generators.base import Generator, Sampled
 from engine.generators.table import GENERATORS
 from engine.keys import JoinKey
-from engine.process import ProcessDied, die_with_parent
+from engine.process import ProcessDied, answer_with_stacks, die_with_parent
 from engine.schema import (
     SCHEMA_VERSION,
     Ack,
+    Applied,
     Beat,
     Bye,
     Failure,
@@ -282,6 +283,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0, help="of torch; default: OMP_NUM_THREADS or all cores")
     arguments, overrides = parser.parse_known_args()
     die_with_parent() if "LEEWAY_PARENT" in os.environ else None
+    answer_with_stacks()
     if threads := arguments.threads or int(os.environ.get("OMP_NUM_THREADS", 0)):
         torch.set_num_threads(threads)
     for number in (signal.SIGTERM, signal.SIGINT):  # not 0, by which a supervisor knows that the job is done

@@ -394,6 +394,11 @@ def check(config: Config) -> None:
         raise ConfigError("model.fp32_head = true: SGLang keeps its head in generator.dtype, so that must be float32")
     if (config.weights.route == "disk") != bool(config.weights.directory):
         raise ConfigError(f"weights.directory = {config.weights.directory!r}: exactly where weights.route = 'disk'")
+    if 3 * config.deadlines.heartbeat_s > config.deadlines.lease_s:
+        raise ConfigError(
+            f"deadlines.lease_s = {config.deadlines.lease_s}: must be at least 3 * deadlines.heartbeat_s = "
+            f"{3 * config.deadlines.heartbeat_s}, or generators that live count as silent"
+        )
     if not config.domains:
         raise ConfigError("domains: at least one [[domains]] table is needed")
     names = [domain.name for domain in config.domains]

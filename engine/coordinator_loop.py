@@ -14,7 +14,7 @@ from engine.config import Config, ConfigError, load, to_toml
 from engine.coordinator import Coordinator
 from engine.keys import Lock
 from engine.ledger import Ledger
-from engine.process import die_with_parent
+from engine.process import answer_with_stacks, die_with_parent
 from engine.prompts import Prompts
 from engine.run_directory import RunDirectory, description
 from engine.schema import (
@@ -259,6 +259,7 @@ def main() -> int:
     parser.add_argument("--resume", default="", metavar="CHECKPOINT")
     arguments = parser.parse_args()
     die_with_parent()
+    answer_with_stacks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     run = RunDirectory(Path(arguments.run))
     snapshot = (Path(arguments.resume) / SNAPSHOT).read_bytes() if arguments.resume else None

@@ -31,7 +31,7 @@ from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
 from engine.optimizer import NonFinite
 from engine.placement import Seat, check_devices, join_learners, rendezvous, seat
-from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, die_with_parent
+from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, answer_with_stacks, die_with_parent
 from engine.prompts import Prompts
 from engine.run_directory import RunDirectory, check_creatable, check_port, check_resumable, create, reopen
 from engine.schedule import Schedule
@@ -78,6 +78,7 @@ def main(argv: list[str]) -> int:
         die_with_parent()
     torch.set_num_threads(place.threads)
     transformers_logging.disable_progress_bar()
+    answer_with_stacks()
     stop = StopSignal(config.deadlines.stop_s)
     try:
         run(config, place, stop, arguments.resume)
@@ -236,7 +237,8 @@ def generator_rank(
     run.logs.mkdir(parents=True, exist_ok=True)  # on a host that does not share the run's file system
     name = f"generator-rank-{place.rank}"
     arguments, log = ["--join", address, "--name", name], run.logs / f"{name}.log"
-    supervisor = Supervisor(name, "engine.actor_loop", arguments, log, place.child_threads, place.child_gpus)
+    start_s = config.deadlines.start_s
+    supervisor = Supervisor(name, "engine.actor_loop", arguments, log, place.child_threads, place.child_gpus, start_s)
     supervisor.start()
     try:
         while not supervisor.wait(stop, config.deadlines.lease_s):

@@ -59,6 +59,7 @@ class Job:
             self.publisher.close()
             raise
         self.rollouts.generators = self.supervisors = self._start_generators()
+        self.rollouts.say = self.say
         self.progress = Progress(run.name, config.run.steps, live=config.tracking.progress) if self.lead else None
         self.recorder = metrics.Recorder(config, run.metrics, run.tensorboard) if self.lead else None
         self.pace = metrics.Pace()
@@ -71,7 +72,8 @@ class Job:
             arguments = [*self.join_arguments, "--name", name]
             log = self.run.logs / f"{name}.log"
             gpus = self.seat.child_gpus[number : number + 1]
-            supervisors.append(Supervisor(name, "engine.actor_loop", arguments, log, self.seat.child_threads, gpus))
+            start_s, threads = self.config.deadlines.start_s, self.seat.child_threads
+            supervisors.append(Supervisor(name, "engine.actor_loop", arguments, log, threads, gpus, start_s))
             supervisors[-1].start()
         return supervisors
 
@@ -142,8 +144,9 @@ class Job:
             return
         self.phase(f"evaluation {name!r}")
         evaluation = self.rollouts.evaluation(name)
-        if evaluation is not None:
-            self.report_evaluation(evaluation)
+        if evaluation is None:
+            raise self.stop.error()
+        self.report_evaluation(evaluation)
 
     def save(self) -> None:
         """A checkpoint of this moment, whole or not there at all; generators go on meanwhile."""
@@ -218,6 +221,8 @@ class Job:
 
     def close(self) -> None:
         """Ends whatever still runs, in an order that leaves nobody waiting; safe to call after any failure."""
+        for supervisor in self.supervisors:
+            supervisor.ask_to_stop()
         for supervisor in self.supervisors:
             supervisor.stop(1.0)
         self.rollouts.close()

@@ -1,6 +1,8 @@
 """Child processes: they die with their parent, their death is an event, and a supervisor may start them again."""
 
+import contextlib
 import ctypes
+import faulthandler
 import os
 import select
 import signal
@@ -15,12 +17,18 @@ PARENT = "LEEWAY_PARENT"  # environment: the pid whose death ends this process
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 LONGEST_BACK_OFF_S = 30.0
-QUICK_S = 60.0  # a child that dies sooner after its start may never have worked
+STACKS = signal.SIGUSR1
 MOST_QUICK_DEATHS = 5
 
 
 class ProcessDied(RuntimeError):
     """A process that the job cannot do without has ended."""
+
+
+def answer_with_stacks() -> None:
+    """Makes this process write the stacks of all its threads to standard error at `STACKS`, and where it crashes."""
+    faulthandler.enable()
+    faulthandler.register(STACKS, all_threads=True)
 
 
 def die_with_parent() -> None:
@@ -81,6 +89,11 @@ class Child:
         except subprocess.TimeoutExpired:
             return None
 
+    def dump_stacks(self) -> None:
+        """Has it write the stacks of its threads to its log, before someone gives it up."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, STACKS)
+
     def error(self) -> ProcessDied:
         """What to raise when this child has ended: who, how, and its last words."""
         words = self.log.read_text(errors="replace").strip().splitlines()
@@ -101,13 +114,21 @@ class Child:
 
 class Supervisor(threading.Thread):
     """Keeps one child running: started again with growing back-off when it dies, until it ends with code 0, `stop` is
-    called, or it died `MOST_QUICK_DEATHS` times in a row within a minute of its start: then the supervisor gives up.
-    Every death is told on standard error."""
+    called, or it died `MOST_QUICK_DEATHS` times in a row within `start_s` of its start, so that it may never have
+    worked: then the supervisor gives up. Every death is told on standard error."""
 
     def __init__(
-        self, name: str, module: str, arguments: list[str], log: Path, threads: int, gpus: list[str] | None = None
+        self,
+        name: str,
+        module: str,
+        arguments: list[str],
+        log: Path,
+        threads: int,
+        gpus: list[str] | None = None,
+        start_s: float = 180.0,
     ):
         super().__init__(name=f"supervisor of {name}", daemon=True)
+        self._start_s = start_s
         self._spawn = lambda: Child(name, module, arguments, log, threads, gpus)
         self._halt_read, self._halt_write = os.pipe()
         self._end_read, self._end_write = os.pipe()
@@ -130,7 +151,7 @@ class Supervisor(threading.Thread):
             halted = self._wait(self.child.fd, None)
             if halted or self.child.exit_code() == 0:
                 return
-            quick = time.monotonic() - started < QUICK_S
+            quick = time.monotonic() - started < self._start_s
             quick_deaths = quick_deaths + 1 if quick else 1
             back_off_s = min(2 * back_off_s if quick else 0.5, LONGEST_BACK_OFF_S)
             if quick_deaths == MOST_QUICK_DEATHS:
@@ -156,9 +177,16 @@ class Supervisor(threading.Thread):
         """Whether the child has ended for good, or the job was asked to stop, within `timeout_s` seconds."""
         return bool(select.select([self._end_read, stop.fd], [], [], timeout_s)[0])
 
+    def ask_to_stop(self) -> None:
+        """Ends the supervision and asks the child to end; `stop` waits for it."""
+        os.write(self._halt_write, b".")
+        if self.child is not None and self.child.exit_code() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.child.pid, signal.SIGTERM)
+
     def stop(self, timeout_s: float) -> None:
         """Ends the child and the supervision."""
-        os.write(self._halt_write, b".")
+        self.ask_to_stop()
         self.join(timeout_s)
         if self.child is not None:
             self.child.stop(timeout_s)
@@ -184,9 +212,14 @@ class StopSignal:
             return
         self.asked = True
         os.write(self._write, b".")
-        watchdog = threading.Timer(self._limit_s, os._exit, (1,))
+        watchdog = threading.Timer(self._limit_s, self._end)
         watchdog.daemon = True
         watchdog.start()
+
+    def _end(self) -> None:
+        late = f"leeway: not ended {self._limit_s:g} s after it was asked to; the last checkpoint is what there is"
+        print(late, file=sys.stderr, flush=True)
+        os._exit(1)
 
     def error(self) -> Stopped:
         return Stopped("asked to stop")

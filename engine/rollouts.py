@@ -1,5 +1,7 @@
 """The learners' side of the coordinator: rank 0 talks to it, the other learner ranks hear what it hears."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from engine.schema import (
     Ready,
     Refused,
     Save,
+    Stalled,
     State,
     Take,
     Taken,
@@ -41,6 +44,7 @@ class Rollouts:
         """`segment` names the weights' shared memory; `snapshot` is the checkpoint to continue from, or empty."""
         self._deadlines, self._seat, self._stop = config.deadlines, seat, stop
         self.address, self.incarnation = "", 0
+        self.say: Callable[[str], None] = lambda text: None
         self.generators: list[Supervisor] = []  # of this rank: without them no answer would come
         if seat.rank == 0:
             self._link = Link(ToLearner)
@@ -51,19 +55,14 @@ class Rollouts:
                 + (["--resume", snapshot] if snapshot else []),
                 run.logs / "coordinator.log",
             )
-            ready = self._receive(self._deadlines.start_s, "start of the coordinator", Ready)
+            start_s = min(self._deadlines.start_s, self._deadlines.collective_s / 2)  # the other ranks go on
+            ready = self._receive(start_s, "start of the coordinator", Ready)
             self.address, self.incarnation = advertised(ready.address), ready.incarnation
 
     def take(self, num_groups: int, version: int) -> Taken | None:
         """The next groups to train at `version`, the same on every rank; None when the job is asked to stop."""
-        taken = None
-        if self._seat.rank == 0 and not self._stop.asked:
-            try:
-                message = Take(num_groups, version)
-                taken = self._ask(message, Taken, self._deadlines.take_s, f"take at version {version}")
-            except Stopped:
-                taken = None
-        return self._share(taken)
+        message = Take(num_groups, version)
+        return self._ask(message, Taken, self._deadlines.take_s, f"take at version {version}")
 
     def trained(self, message: Trained) -> None:
         self._tell(message)
@@ -76,24 +75,17 @@ class Rollouts:
         self._tell(Evaluate(name))
 
     def evaluation(self, name: str) -> Evaluation | None:
-        """An evaluation awaited; no new version is published meanwhile, so it measures one version. Rank 0 only has
-        it."""
-        if self._seat.rank != 0:
-            return None
+        """An evaluation awaited, on every rank; no new version is published meanwhile, so it measures one version. None
+        when the job is asked to stop."""
         message = Evaluate(name, wait=True)
-        return self._ask(message, Evaluated, self._deadlines.evaluate_s, f"evaluation {name!r}").evaluation
+        answer = self._ask(message, Evaluated, self._deadlines.evaluate_s, f"evaluation {name!r}")
+        return None if answer is None else answer.evaluation
 
     def probe(self) -> list[Group]:
         """A few fresh groups at the newest version, on every rank; empty when the job is asked to stop."""
-        probed = None
-        if self._seat.rank == 0:
-            message = Evaluate("probe", kind="probe", wait=True)
-            try:
-                probed = self._ask(message, Probed, self._deadlines.evaluate_s, "parity probe")
-            except Stopped:
-                probed = None
-        shared = self._share(probed)
-        return [] if shared is None else shared.groups
+        message = Evaluate("probe", kind="probe", wait=True)
+        answer = self._ask(message, Probed, self._deadlines.evaluate_s, "parity probe")
+        return [] if answer is None else answer.groups
 
     def save(self, path: str, step: int) -> State:
         """Has the coordinator write its part of a checkpoint below `path`; rank 0 alone."""
@@ -124,40 +116,64 @@ class Rollouts:
             raise self._child.error() from error
 
     def _ask(self, message: Any, expected: type, timeout_s: float, phase: str) -> Any:
-        self._tell(message)
-        return self._receive(timeout_s, phase, expected)
+        """The answer to rank 0's message, on every learner rank; None when the job is asked to stop."""
+        alone = self._seat.num_learners == 1
+        if self._seat.rank != 0:
+            while (heard := broadcast_frames([])) is None:
+                pass
+            return decode(heard, ToLearner) if heard else None
+        answer = None
+        if not self._stop.asked:
+            self._tell(message)
+            try:
+                answer = self._receive(timeout_s, phase, expected, tell_ranks=not alone)
+            except Stopped:
+                answer = None
+        if not alone:
+            broadcast_frames([] if answer is None else [bytes(frame) for frame in encode(answer)])
+        return answer
 
-    def _receive(self, timeout_s: float, phase: str, expected: type, interruptible: bool = True) -> Any:
+    def _receive(
+        self, timeout_s: float, phase: str, expected: type, interruptible: bool = True, tell_ranks: bool = False
+    ) -> Any:
+        """With `tell_ranks` the other ranks wait in a collective, and hear so often that it goes on that none of theirs
+        meets its deadline."""
         watch = [self._child, self._stop, *self.generators] if interruptible else [self._child]
+        deadline, reason = time.monotonic() + timeout_s, ""
         while True:
-            message = self._link.receive(timeout_s, f"{phase}: waiting for the coordinator", watch)
-            late = isinstance(message, Taken | Probed | Evaluated) and not isinstance(message, expected)
-            if not late:  # else it answers a request that a stop ended
+            left = max(0.0, deadline - time.monotonic())
+            patience = min(left, self._deadlines.collective_s / 3) if tell_ranks else left
+            try:
+                message = self._link.receive(patience, phase, watch)
+            except Silence:
+                if patience < left:
+                    broadcast_frames(None)
+                    continue
+                self._child.dump_stacks()
+                raise Silence(f"{phase}: the coordinator gave no answer for {timeout_s:g} s{reason}") from None
+            if isinstance(message, Stalled):
+                self.say(f"{phase} waits: {message.reason}")
+                reason = f"; {message.reason}"
+            elif isinstance(message, expected | Refused):
                 break
+            else:  # it answers a request that a stop ended
+                assert isinstance(message, Taken | Probed | Evaluated), f"{phase}: got {type(message).__name__}"
         if isinstance(message, Refused):
             raise ConfigError(f"{phase}: {message.reason}")
-        assert isinstance(message, expected), f"{phase}: got {type(message).__name__}"
         return message
 
-    def _share(self, message: Any) -> Any:
-        """Rank 0's message on every learner rank."""
-        if self._seat.num_learners == 1:
-            return message
-        frames = [] if message is None else [bytes(frame) for frame in encode(message)]
-        heard = broadcast_frames(frames)
-        return message if self._seat.rank == 0 else decode(heard, ToLearner) if heard else None
 
-
-def broadcast_frames(frames: list[bytes]) -> list[bytes]:
-    """Rank 0's byte strings on every rank of the default group: the number, the lengths, then all bytes at once."""
-    count = torch.tensor([len(frames)])
+def broadcast_frames(frames: list[bytes] | None) -> list[bytes] | None:
+    """Rank 0's byte strings on every rank of the default group: the number, the lengths, then all bytes at once. None
+    says that they are still to come."""
+    count = torch.tensor([-1 if frames is None else len(frames)])
     dist.broadcast(count, 0)
-    lengths = torch.tensor([len(frame) for frame in frames] or [0] * int(count), dtype=torch.int64)
-    if not int(count):
-        return []
+    if int(count) <= 0:
+        return None if int(count) < 0 else []
+    lengths = torch.tensor([len(frame) for frame in frames or []] or [0] * int(count), dtype=torch.int64)
     dist.broadcast(lengths, 0)
     total = int(lengths.sum())
-    joined = torch.from_numpy(np.frombuffer(b"".join(frames) or bytes(total), dtype=np.uint8).copy())
+    joined = torch.from_numpy(np.frombuffer(b"".join(frames or []) or bytes(total), dtype=np.uint8).copy())
     dist.broadcast(joined, 0)
     ends = torch.cumsum(lengths, 0).tolist()
     data = joined.numpy().tobytes()

@@ -1,13 +1,17 @@
 """Jobs as users run them: to the end, interrupted, continued, on several ranks, with processes that come and go."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -48,6 +52,43 @@ def sound(run: RunDirectory) -> dict[str, int]:
     assert counts == report.counts
     assert counts["drawn"] == sum(number for end, number in counts.items() if end != "drawn")
     return counts
+
+
+class Proxy(threading.Thread):
+    """Hands the bytes of TCP connections to `port` of this host, until they are reset."""
+
+    def __init__(self, port: int):
+        super().__init__(daemon=True)
+        self._target, self._pairs = port, set[tuple[socket.socket, socket.socket]]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._pairs.add((near, far))
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+
+    def reset(self) -> None:
+        while self._pairs:
+            for end in self._pairs.pop():
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # nothing more is sent
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+
+    def close(self) -> None:
+        self._listener.close()
+        self.reset()
 
 
 def query(run: RunDirectory, text: str) -> list[Any]:
@@ -219,6 +260,24 @@ def test_generator_from_outside_dies(running: Job) -> None:
     running.until(lambda: joined(running) == 1, "the end of its lease")
     assert query(running.run, "SELECT count(*) FROM events WHERE event = 'left' AND generator = 'doomed'") == [(1,)]
     goes_on(running)
+
+
+def test_connections_that_break_lose_no_word(tmp_path: Path) -> None:
+    """The only generator's connection is reset again and again; what that swallowed is said anew."""
+    with Job(tmp_path / "run", "--generator.local=0", "--run.steps=8") as job:
+        job.until(lambda: "join by python" in job.printed(), "the command to join by")
+        command = job.printed().split("join by ")[1].splitlines()[0].split()
+        place = command.index("--join") + 1
+        proxy = Proxy(int(command[place].rpartition(":")[2]))
+        command[place] = f"tcp://127.0.0.1:{proxy.port}"
+        job.start([sys.executable, *command[1:], "--name", "guest"])
+        job.until(lambda: job.version > 0, "the first step")
+        for _ in range(20):
+            proxy.reset()
+            time.sleep(0.2)
+        job.succeed()
+        proxy.close()
+    sound(job.run)
 
 
 def test_generator_child_that_dies_is_started_again(running: Job) -> None:

@@ -125,6 +125,12 @@ def test_a_watched_event_ends_the_wait_with_its_own_error():
     link = Link(ToGenerator)
     with pytest.raises(KeyError, match="it died"):
         link.receive(30.0, "test", [event])
+    peer = Link(ToGenerator, connect=link.address)
+    peer.send(Beat())
+    assert link.receive(30.0, "test", [event]) == Beat(), "what it said before is not lost"
+    with pytest.raises(KeyError, match="it died"):
+        link.receive(30.0, "test", [event])
+    peer.close()
     link.close()
 
 
