@@ -95,6 +95,7 @@ def test_a_configuration_is_frozen(minimal):
         (["--learner.lr=nan"], ["learner.lr = nan", "> 0"]),
         (["--generator.temperature=0"], ["generator.temperature = 0", "> 0"]),
         (["--deadlines.take_s=0"], ["deadlines.take_s = 0", "> 0"]),
+        (["--deadlines.lease_s=5"], ["deadlines.lease_s = 5.0", "3 * deadlines.heartbeat_s = 6.0"]),
         (["--run.max_staleness=-1"], ["run.max_staleness = -1", ">= 0"]),
         (["--generator.top_p=0.9"], ["generator.top_p = 0.9", "[evaluation]"]),
         (["--generator.top_k=5"], ["generator.top_k = 5", "[evaluation]"]),

@@ -177,6 +177,38 @@ def test_tokens_of_impossible_versions_are_refused(tmp_path: Path, versions: lis
     assert coordinator.state(1.0).ends["in_flight"] == 4
 
 
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_log_probability_that_is_no_number_is_refused(tmp_path: Path, bad: float) -> None:
+    coordinator = begun(tmp_path)
+    lease, *_ = enter(coordinator, "g", 8)
+    group = fake_run.result(lease)
+    logprobs = group.logprobs.copy()
+    logprobs[-1] = bad
+    reason = coordinator.arrived(msgspec.structs.replace(group, logprobs=logprobs), 1.0).reason
+    assert reason == "a log-probability is infinite or not a number"
+
+
+def test_a_version_applied_is_told_once_however_often_it_is_said(tmp_path: Path) -> None:
+    coordinator = begun(tmp_path)
+    enter(coordinator, "g", 8)
+    coordinator.applied("g", coordinator.incarnation, 0, 1.0)
+    (num_told,) = coordinator._ledger._db.execute("SELECT count(*) FROM events WHERE kind = 'applied'").fetchone()
+    assert num_told == 1
+
+
+def test_a_stall_is_explained(tmp_path: Path) -> None:
+    coordinator = begun(tmp_path, publish_s=10.0)
+    roster = coordinator.roster
+    assert [roster.stalled(now) for now in (0.0, 9.0)] == ["", ""]
+    assert roster.stalled(10.0).startswith("no generator is a member")
+    coordinator.join("slow", 10.0)
+    assert roster.stalled(11.0) == "no generator has applied version 0: slow loads its model; see their logs"
+    coordinator.applied("slow", 0, 0, 12.0)
+    assert [roster.stalled(now) for now in (12.0, 500.0)] == ["", ""]
+    coordinator.leave("slow", "left", 501.0)
+    assert [bool(roster.stalled(now)) for now in (505.0, 511.0)] == [False, True]
+
+
 def test_a_generator_that_still_loads_its_model_may_be_silent_until_start_s(tmp_path: Path) -> None:
     coordinator = begun(tmp_path, lease_s=20.0, start_s=100.0)
     coordinator.join("slow", 0.0)
