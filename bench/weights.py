@@ -110,7 +110,7 @@ class Gloo:
         shapes = [tuple(tensor.shape) for tensor in self._tensors]
         self._process = _spawn.Process(target=_hear_for_ever, args=(store.port, shapes), daemon=True)
         self._process.start()
-        self._group = dist.ProcessGroupGloo(store, 0, 2, timedelta(seconds=60))  # the default one is for learners
+        self._group: Any = dist.ProcessGroupGloo(store, 0, 2, timedelta(seconds=60))  # the default one is for learners
 
     def broadcast(self) -> None:
         for tensor in self._tensors:
@@ -124,7 +124,7 @@ class Gloo:
 def _hear_for_ever(port: int, shapes: list[tuple[int, ...]]) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
-    group = dist.ProcessGroupGloo(store, 1, 2, timedelta(seconds=60))
+    group: Any = dist.ProcessGroupGloo(store, 1, 2, timedelta(seconds=60))
     tensors = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
     while True:
         for tensor in tensors:
@@ -199,9 +199,9 @@ def measure(stream: Iterator[Named], rounds: int) -> list[dict[str, Any]]:
         publisher.publish(0, 0, named)
         on_disk.publish(0, 0, named)
         places = _places(stack, name, f"{folder}/weights")
-        tcp, gloo, pickled = (
-            stack.enter_context(closing(each)) for each in (TcpStream(size), Gloo(named), Pickled(named))
-        )
+        tcp = stack.enter_context(closing(TcpStream(size)))
+        gloo = stack.enter_context(closing(Gloo(named)))
+        pickled = stack.enter_context(closing(Pickled(named)))
         source, target = (torch.zeros(size, dtype=torch.uint8) for _ in range(2))
         for number in range(-1, rounds):
             round_ = {

@@ -176,7 +176,7 @@ class Disturbed:
         self.close = self._inner.close
         self.num_reads = 0
 
-    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[slice]:
+    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[tuple[slice, int]]:
         self.num_reads += 1
         for number, piece in enumerate(self._inner.read(header, part, into)):
             yield piece
@@ -248,6 +248,7 @@ def test_damage_is_noticed(publisher: Publisher, subscriber: Subscriber) -> None
         subscriber.stage(0, 1)
     publisher._payloads[0][1_500_000] ^= 1
     assert subscriber.stage(0, 1).version == 1
+    assert publisher._segment is not None
     publisher._segment._words(0)[2] += np.uint64(1)  # the version, as a torn header would have it
     with pytest.raises(WeightsError, match="no whole copy"):
         subscriber.stage(0, 1)

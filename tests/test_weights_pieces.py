@@ -8,6 +8,7 @@ import learning
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from engine import parallel
 from engine.policy import named_tensors
@@ -43,14 +44,14 @@ def refuse_whole(self: Any, *_: object) -> Tensor:
     return FULL_TENSOR(self)
 
 
-FULL_TENSOR = torch.distributed.tensor.DTensor.full_tensor
+FULL_TENSOR = DTensor.full_tensor
 
 
 def publish_on_rank(rank: int, name: str, blind: bool, delta: bool) -> tuple[list[Any], list[str], list[int]]:
     """Three versions: what rank 0 staged of each (name -> tensor, bytes) beside the truth; digests and delta bytes on
     this rank. `blind`: the last rank does not see rank 0's memory."""
     root = model()
-    parallel.shard(root, [root.block], mixed_precision=False, exact_root=False)
+    parallel.shard(root, list(root.children()), mixed_precision=False, exact_root=False)
     manifest = Manifest.of(named_tensors(root), torch.bfloat16)
     if blind and rank == parallel.num_ranks() - 1:
         publish._joined = lambda name: None
@@ -62,9 +63,9 @@ def publish_on_rank(rank: int, name: str, blind: bool, delta: bool) -> tuple[lis
             source.far = True
         for version in range(3):
             nudge(root, version)
-            torch.distributed.tensor.DTensor.full_tensor = refuse_whole
+            DTensor.full_tensor = refuse_whole  # type: ignore[method-assign]
             digests.append(publisher.publish(0, version, named_tensors(root)))
-            torch.distributed.tensor.DTensor.full_tensor = FULL_TENSOR
+            DTensor.full_tensor = FULL_TENSOR  # type: ignore[method-assign]
             delta_bytes.append(publisher.delta_bytes)
             truth = {key: parallel.whole(tensor).clone() for key, tensor in named_tensors(root)}
             if subscriber is not None:

@@ -47,9 +47,9 @@ class Publisher:
             segment = self._segment = _joined(name)
         self._sees = [bool(sees) for [sees] in parallel.gathered([int(segment is not None)])]
         self._room = room // sum(self._sees) // 8 * 8  # for the delta of each rank that writes
-        slots = range(NUM_SLOTS) if segment is not None else ()
-        self._payloads = [torch.from_numpy(segment.payload(slot)) for slot in slots]
-        self._deltas = [torch.from_numpy(segment.delta(slot)) for slot in slots]
+        seen = [(segment, slot) for slot in range(NUM_SLOTS)] if segment is not None else []
+        self._payloads = [torch.from_numpy(segment.payload(slot)) for segment, slot in seen]
+        self._deltas = [torch.from_numpy(segment.delta(slot)) for segment, slot in seen]
         self._directory = Path(directory) if directory else None
         self._worth = Worth()
         self._digest = 0  # of the newest version
