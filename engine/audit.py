@@ -296,7 +296,8 @@ class Account:
         groups = sorted(trained.group_ids)
         self._check(groups == sorted(taken), f"version {trained.version}: made of groups {groups}, taken were {taken}")
         for group_id in trained.group_ids:
-            if self._move(group_id, trained.end, "taken") and trained.end == "trained":
+            end = trained.end_of(group_id)
+            if self._move(group_id, end, "taken") and end == "trained":
                 judged = self.fates[group_id].completions
                 self.trained_tokens += sum(length for _, length, _, _, _, error in judged if not error)
 

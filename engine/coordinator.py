@@ -291,14 +291,15 @@ class Coordinator:
     def trained(self, trained: Trained, now: float) -> None:
         """A take became `trained.version`. Its tickets return when that is applied everywhere, also after a skipped
         update: the take has moved the learner on, so new groups at the old version would come too late."""
-        for group_id in trained.group_ids:
-            self.tally.end(self._taken.pop(group_id).group.domain, trained.end)
         self.version, self._filtered_before = trained.version, []
         self._temperature = followed(self._config.generator, self._temperature, trained.entropy)
         self.tickets.hold(trained.group_ids, trained.version)
-        self._ends[trained.end] += len(trained.group_ids)
         with self._ledger.transaction():
-            self._ledger.ended(trained.group_ids, trained.end, trained.reason)
+            for group_id in trained.group_ids:
+                end = trained.end_of(group_id)
+                self.tally.end(self._taken.pop(group_id).group.domain, end)
+                self._ends[end] += 1
+                self._ledger.ended([group_id], end, trained.reason if end == "failed" else "")
 
     def published(self, version: int, now: float) -> None:
         """The weights of `version` lie ready; generators have `publish_s` to apply them or newer ones."""

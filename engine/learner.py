@@ -59,6 +59,7 @@ class Learner:
         self._device = torch.device(device)
         self._directory = directory
         self.version = self.steps = self.updates = self.bad_updates = self.bad_in_a_row = 0
+        self.skipped: list[int] = []  # places of the last step's updates that were left out
         self._moved = False  # the present step has updated the policy already
         penalised = method.needs_reference or method.needs_entropy or method.imitation_coefficient != 0
         self._skips_idle = config.ops.health == "trained" and not penalised
@@ -106,6 +107,7 @@ class Learner:
         if not alone:
             proximals = self._proximals(updates)
             outcomes = [self._update(update, old) for update, old in zip(updates, proximals, strict=True)]
+        self.skipped = [place for place, outcome in enumerate(outcomes) if not outcome.is_finite]
         self.version += 1
         self.steps += 1
         tokens = {

@@ -109,14 +109,12 @@ class Job:
         version = self.learner.version
         updates = prepare(self.schedule, self.method, self.shape, taken.groups, version)
         report = self.learner.step(updates)
-        skipped = report["skipped_updates"] == len(updates)
-        end, reason = ("failed", "non-finite update") if skipped else ("trained", "")
-        group_ids = [group.group_id for group in taken.groups]
-        self.rollouts.trained(Trained(self.learner.version, group_ids, end, reason, report.get("entropy")))
-        stale = sum(update.num_stale_tokens for update in updates)
-        trained = sum(update.num_tokens for update in updates) - stale
-        oldest = {"trained_staleness_max": trained_staleness(updates, version)}
-        return {**report, "trained_tokens": trained, **oldest, **metrics.rollouts(taken, version)}
+        skipped = self.learner.skipped
+        self.rollouts.trained(became(self.learner.version, updates, skipped, report.get("entropy")))
+        trained = [update for place, update in enumerate(updates) if place not in skipped]
+        num_tokens = sum(update.num_tokens - update.num_stale_tokens for update in trained)
+        oldest = {"trained_staleness_max": trained_staleness(trained, version)}
+        return {**report, "trained_tokens": num_tokens, **oldest, **metrics.rollouts(taken, version)}
 
     def record(self, taken: Taken, waited_s: float, report: dict[str, Any]) -> None:
         if self.recorder is None or self.progress is None:
@@ -255,6 +253,18 @@ def prepare(schedule: Schedule, method: Method, shape: Shape, groups: list[Group
         share_prefix=config.learner.share_prefix,
         num_updates=config.learner.updates_per_step,
         left_out=[left_out(schedule, group) for group in groups],
+    )
+
+
+def became(version: int, updates: list[Update], skipped: list[int], entropy: float | None) -> Trained:
+    """What the coordinator hears of a take that became `version` by `updates`, all but those at `skipped`."""
+    return Trained(
+        version=version,
+        group_ids=[group_id for update in updates for group_id in update.group_ids],
+        end="failed" if len(skipped) == len(updates) else "trained",
+        reason="non-finite update" if skipped else "",
+        entropy=entropy,
+        skipped=[group_id for place in skipped for group_id in updates[place].group_ids],
     )
 
 

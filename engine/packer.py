@@ -47,6 +47,7 @@ class Update:
     micro-batch.
     """
 
+    group_ids: list[int]
     micro_batches: list[list[MicroBatch]]  # [rank][i], equally many on every rank and at least one
     num_tokens: int
     num_sequences: int
@@ -58,6 +59,7 @@ class Update:
 class Batch:
     """Groups laid end to end, in pieces: G prompts and C completions, of which the T columns hold the tokens."""
 
+    group_ids: list[int]  # [G]
     inputs: np.ndarray  # int64, the tokens of all prompts, then the T of all completions
     prompt: np.ndarray  # int64 [C], the piece that a completion continues
     start: np.ndarray  # int64 [G + C], where each piece begins in `inputs`
@@ -136,6 +138,7 @@ def _batch(
     trained = chosen & _flat([fresh(group, version, max_staleness) for group in groups], bool)
     num_chosen = _sums(chosen, lengths)
     return Batch(
+        group_ids=[group.group_id for group in groups],
         inputs=_flat([group.prompt_ids for group in groups] + [group.token_ids for group in groups], np.int64),
         prompt=prompt,
         start=_bounds(np.append(prompt_lengths, lengths))[:-1],
@@ -201,6 +204,7 @@ def _update(batch: Batch, units: list[np.ndarray], num_ranks: int, budget: int) 
     for unit, r, i in zip(units, rank, micro, strict=True):
         bins[r][i].append(unit)
     return Update(
+        group_ids=batch.group_ids,
         micro_batches=[[_micro_batch(batch, _flat(each, np.int64)) for each in mine] for mine in bins],
         num_tokens=int(batch.num_chosen[batch.valid].sum()),
         num_sequences=int(batch.valid.sum()),

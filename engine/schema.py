@@ -219,13 +219,18 @@ class Take(msgspec.Struct, tag=True, frozen=True):
 
 
 class Trained(msgspec.Struct, tag=True, frozen=True):
-    """A take became `version`: `end` is `trained`, or `failed` where the update was skipped (`reason`)."""
+    """A take became `version`: `end` is `trained`, or `failed` where its updates were skipped (`reason`). Where only
+    some were, `skipped` names the groups that failed by it."""
 
     version: int
     group_ids: list[int]
     end: End
     reason: str = ""
     entropy: float | None = None  # nats a token of what was sampled, where the learner measured it
+    skipped: list[int] = []
+
+    def end_of(self, group_id: int) -> End:
+        return "failed" if group_id in self.skipped else self.end
 
 
 class Published(msgspec.Struct, tag=True, frozen=True):

@@ -56,12 +56,13 @@ class Incarnation:
             self.record(Result(group))
             self.coordinator.arrived(group, self.now)
 
-    def step(self) -> None:
+    def step(self, skipped: tuple[int, ...] = ()) -> None:
         version = self.coordinator.version
         self.record(Take(2, version))
         taken = self.coordinator.take(2, version, self.now)
         assert taken is not None
-        trained = Trained(version + 1, [group.group_id for group in taken.groups], "trained")
+        group_ids = [group.group_id for group in taken.groups]
+        trained = Trained(version + 1, group_ids, "trained", skipped=[group_ids[place] for place in skipped])
         self.record(trained)
         self.coordinator.trained(trained, self.now)
         self.publish()
@@ -113,6 +114,18 @@ def test_a_sound_run_has_no_finding(run, capsys):
     assert report.max_staleness == 1
     assert main([str(run.path)]) == 0
     assert "agree" in capsys.readouterr().out
+
+
+def test_groups_of_a_skipped_update_were_not_trained(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    only = Incarnation(run)
+    only.generate(2)
+    only.step(skipped=(1,))
+    only.end()
+    report = audit(run)
+    assert report.findings == []
+    assert (report.counts["trained"], report.counts["failed"], report.trained_tokens) == (1, 1, 2)
 
 
 def test_what_a_resume_undid_is_not_history(run):

@@ -102,6 +102,19 @@ def test_a_skipped_update_holds_its_tickets_as_long(tmp_path: Path) -> None:
     assert coordinator.state(2.0).ends["failed"] == 2
 
 
+def test_of_a_take_in_several_updates_the_groups_of_a_skipped_one_failed(tmp_path: Path) -> None:
+    coordinator = begun(tmp_path)
+    give(coordinator, *enter(coordinator, "g", 8))
+    coordinator.take(2, 0, 1.0)
+    coordinator.trained(Trained(1, [0, 1], "trained", "non-finite update", skipped=[1]), 2.0)
+    ends = coordinator.state(2.0).ends
+    assert (ends["trained"], ends["failed"]) == (1, 1)
+    assert coordinator._ledger.counts() == ends and coordinator._ledger.audit() == []
+    query = "SELECT group_id, state, reason FROM groups WHERE taken_version = 0"
+    rows = coordinator._ledger._db.execute(query).fetchall()
+    assert rows == [(0, "trained", ""), (1, "failed", "non-finite update")]
+
+
 def test_a_filtered_group_gives_its_ticket_to_the_next_prompt(tmp_path: Path) -> None:
     coordinator = begun(tmp_path)
     first, *rest = enter(coordinator, "g", 8)

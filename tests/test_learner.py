@@ -19,10 +19,11 @@ from engine.algorithms.method import Method, compose
 from engine.attention import Layout
 from engine.config import Learner as LearnerConfig
 from engine.learner import Learner
+from engine.learner_loop import became
 from engine.model import hidden_states, lm_head
 from engine.optimizer import NonFinite, learning_rate
 from engine.packer import Update
-from engine.schema import Group
+from engine.schema import Group, Trained
 
 
 def alone(model: Any, group: Group, temperature: float = 1.0) -> list[Tensor]:
@@ -278,6 +279,21 @@ def test_bad_update_changes_nothing_and_is_kept(tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" in kept["parameters"]
     assert learner.step(good)["skipped_updates"] == 0
     assert learning.largest_difference(before, learning.parameters(learner)) > 0
+
+
+def test_of_a_take_in_several_updates_only_the_bad_one_fails(tmp_path: Path) -> None:
+    config = learning.configure("learner.updates_per_step=2")
+    learner = learning.learner(config, tmp_path)
+    updates = learning.take(config, learning.groups(3))
+    assert [update.group_ids for update in updates] == [[0, 1], [2]]
+    learner.step([updates[0], spoil(updates[1], 0)])
+    assert learner.skipped == [1]
+    trained = became(1, updates, learner.skipped, entropy=0.5)
+    assert trained == Trained(1, [0, 1, 2], "trained", "non-finite update", 0.5, skipped=[2])
+    assert [trained.end_of(group_id) for group_id in trained.group_ids] == ["trained", "trained", "failed"]
+    learner.step(updates)
+    assert learner.skipped == [] and became(2, updates, [], None) == Trained(2, [0, 1, 2], "trained")
+    assert became(3, updates, [0, 1], None).end == "failed"
 
 
 def test_bad_updates_in_a_row_end_the_job(tmp_path: Path) -> None:
