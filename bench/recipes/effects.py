@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import torch
@@ -304,10 +305,9 @@ def draw(effect: Effect, found: Curves, path: Path) -> None:
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(figure for figure, read in effect.told if read != "total"))
-    figure, axes = pyplot.subplots(
-        1, len(names), figsize=(5 * len(names), 4.2), layout="constrained", squeeze=False, sharex=True
-    )
-    figure.suptitle(effect.claim, fontsize=11)
+    width = 4.4 * len(names) + 2.6
+    figure, axes = pyplot.subplots(1, len(names), figsize=(width, 3.8), layout="constrained", squeeze=False)
+    figure.suptitle(fill(effect.claim, int(11 * width)), fontsize=11)
     for axis, name in zip(axes[0], names, strict=True):
         for arm, curves in found.items():
             seeds = np.array([smooth([row.get(name, float("nan")) for row in rows]) for rows in curves])
@@ -317,8 +317,8 @@ def draw(effect: Effect, found: Curves, path: Path) -> None:
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9, frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
@@ -332,15 +332,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EFFECTS))
     parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--draw", action="store_true", help="the pictures again, from what was kept")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two steps of one seed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.names or EFFECTS:
-        effect = EFFECTS[name]
+        effect, bench = EFFECTS[name], f"recipes-{name}"
+        if arguments.draw:
+            path = results.RESULTS / f"{bench}-cpu.json"
+            draw(effect, json.loads(path.read_text())["curves"], path.with_suffix(".png"))
+            continue
         found = effect.curves(list(range(1 if arguments.quick else arguments.seeds)), arguments.quick)
         curves = {arm: [brief(effect, rows) for rows in curves] for arm, curves in found.items()}
-        path = results.keep(f"recipes-{name}", "cpu", table(effect, found), claim=effect.claim, curves=curves)
+        path = results.keep(bench, "cpu", table(effect, found), claim=effect.claim, curves=curves)
         path.write_text(json.dumps(json.loads(path.read_text())) + "\n")  # curves make it long: one line
         draw(effect, found, path.with_suffix(".png"))
 
