@@ -217,7 +217,7 @@ EFFECTS = {
             trained,
             "exprl",
             [
-                *("--run.steps=100", "--stages.1.run.steps=40", "--run.group_size=8", "--learner.lr=5e-4"),
+                *("--run.steps=70", "--stages.1.run.steps=30", "--run.group_size=8", "--learner.lr=5e-4"),
                 *("--warm_start.steps=40", "--model.tokenizer.alphabet=abcdefgh=."),
             ],
             {
@@ -234,8 +234,8 @@ EFFECTS = {
             trained,
             "apriel",
             [
-                *("--run.steps=30", "--run.groups_per_step=12", f"--generator.max_new_tokens={LIMIT}"),
-                *("--model.context=40", "--warm_start.steps=120", "--learner.lr=5e-4"),
+                *("--run.steps=20", "--run.groups_per_step=8", f"--generator.max_new_tokens={LIMIT}"),
+                *("--model.context=40", "--warm_start.steps=100", "--learner.warmup_steps=0"),
             ],
             penalty_arms(),
         ),

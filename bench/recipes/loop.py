@@ -34,7 +34,7 @@ from engine.warm_start import warm_start
 from rewards.table import Reward, resolve
 from rewards.verdict import Verdict
 
-ROUNDS = 8  # of sampling in a step, beyond which uniform groups are trained on rather than replaced
+ROUNDS = 3  # of sampling in a step, beyond which uniform groups are trained on rather than replaced
 
 
 def steps(config: Config, lag: int = 0) -> Iterator[dict[str, Any]]:
