@@ -115,7 +115,7 @@ def penalty_arms() -> dict[str, Arm]:
 def lambda_arms() -> dict[str, Arm]:
     """Answers of one length, right in nine cases of ten or in one: the prompt says which, its value is to be found."""
     arms = {}
-    for length in (8, 64):
+    for length in (8, 48):
         domains = [
             thinking(name, name, mark, length, length, length + 2)
             for name, mark in {"likely": "aaaa", "unlikely": "hhhh"}.items()
@@ -151,10 +151,10 @@ EFFECTS = {
         partial(
             trained,
             "vapo",
-            ["--learner.updates_per_step=4", "--run.groups_per_step=32"],
+            ["--learner.updates_per_step=4"],
             {
-                "none": Arm(["--critic.pretrain_steps=0", "--run.steps=50"]),
-                "16 steps": Arm(["--critic.pretrain_steps=16", "--run.steps=66"]),
+                "none": Arm(["--critic.pretrain_steps=0", "--run.steps=40"]),
+                "16 steps": Arm(["--critic.pretrain_steps=16", "--run.steps=56"]),
             },
         ),
     ),
@@ -166,7 +166,7 @@ EFFECTS = {
             trained,
             "vapo",
             [
-                *("--critic.pretrain_steps=0", "--run.steps=30", "--run.group_size=2", "--learner.updates_per_step=4"),
+                *("--critic.pretrain_steps=0", "--run.steps=24", "--run.group_size=2", "--learner.updates_per_step=4"),
                 *("--learner.lr=1e-12", "--model.context=96", "--warm_start.steps=60"),
             ],
             lambda_arms(),
@@ -248,7 +248,7 @@ EFFECTS = {
             "dapo",
             [
                 *("--learner.updates_per_step=4", "--algorithm.penalties=[]", "--run.max_staleness=32"),
-                *("--learner.lr=1e-3", "--run.steps=40"),
+                *("--learner.lr=1e-3", "--run.steps=30"),
             ],
             staleness_arms(),
         ),
