@@ -178,14 +178,14 @@ EFFECTS = {
         partial(
             trained,
             "acereason",
-            [ALONE, f"--domains=[{RAMBLING}]", "--model.tokenizer.alphabet=abcdefgh=.", "--run.steps=90"],
+            [ALONE, f"--domains=[{RAMBLING}]", "--model.tokenizer.alphabet=abcdefgh=.", "--run.steps=60"],
             {
                 "20 tokens": Arm(["--generator.max_new_tokens=20"]),
                 "8, 14, then 20": Arm(
                     [
                         "--generator.max_new_tokens=8",
-                        "--schedule=[{ step = 30, generator = { max_new_tokens = 14 } }, "
-                        "{ step = 60, generator = { max_new_tokens = 20 } }]",
+                        "--schedule=[{ step = 20, generator = { max_new_tokens = 14 } }, "
+                        "{ step = 40, generator = { max_new_tokens = 20 } }]",
                     ]
                 ),
             },
