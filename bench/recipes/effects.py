@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -51,11 +51,13 @@ class Arm(NamedTuple):
 class Effect(NamedTuple):
     claim: str
     told: list[tuple[str, str]]  # figure of a step, and what of its curve (see READ); each figure is drawn
-    curves: Callable[[list[int], bool], Curves]  # (seeds, quick) -> the curves of all arms, the reference's first
+    curves: Callable[
+        [list[int], bool], Iterator[Curves]
+    ]  # (seeds, quick) -> after each arm all so far, the reference first
 
 
-def trained(recipe: str, common: list[str], arms: dict[str, Arm], seeds: list[int], quick: bool) -> Curves:
-    """Every arm trained; of a critic's pretraining nothing is told."""
+def trained(recipe: str, common: list[str], arms: dict[str, Arm], seeds: list[int], quick: bool) -> Iterator[Curves]:
+    """The arms trained one after the other; of a critic's pretraining nothing is told."""
     found: Curves = {}
     for name, arm in arms.items():
         found[name] = []
@@ -66,7 +68,7 @@ def trained(recipe: str, common: list[str], arms: dict[str, Arm], seeds: list[in
             rows = islice(steps(config, arm.lag), config.critic.pretrain_steps, 2 if quick else None)
             found[name].append(list(rows))
             print(f"{name}, seed {seed}: {time.process_time() - started:.0f} s", flush=True)
-    return found
+        yield found
 
 
 def callable_domain(name: str, task: str, options: str, reward: str) -> str:
@@ -343,11 +345,16 @@ def main() -> None:
             path = results.RESULTS / f"{bench}-cpu.json"
             draw(effect, json.loads(path.read_text())["curves"], path.with_suffix(".png"))
             continue
-        found = effect.curves(list(range(1 if arguments.quick else arguments.seeds)), arguments.quick)
-        curves = {arm: [brief(effect, rows) for rows in curves] for arm, curves in found.items()}
-        path = results.keep(bench, "cpu", table(effect, found), claim=effect.claim, curves=curves)
-        path.write_text(json.dumps(json.loads(path.read_text())) + "\n")  # curves make it long: one line
-        draw(effect, found, path.with_suffix(".png"))
+        seeds = list(range(1 if arguments.quick else arguments.seeds))
+        for found in effect.curves(seeds, arguments.quick):
+            keep(bench, effect, found)
+
+
+def keep(bench: str, effect: Effect, found: Curves) -> None:
+    curves = {arm: [brief(effect, rows) for rows in curves] for arm, curves in found.items()}
+    path = results.keep(bench, "cpu", table(effect, found), claim=effect.claim, curves=curves)
+    path.write_text(json.dumps(json.loads(path.read_text())) + "\n")  # curves make it long: one line
+    draw(effect, found, path.with_suffix(".png"))
 
 
 def brief(effect: Effect, rows: Rows) -> Rows:

@@ -110,8 +110,8 @@ def step(coordinator: Coordinator, num_groups: int, now: float) -> bool:
     return True
 
 
-def curves(root: Path, seeds: list[int], num_groups: int) -> dict[str, list[list[dict[str, Any]]]]:
-    """The share by arm, seed and take."""
+def curves(root: Path, seeds: list[int], num_groups: int) -> Iterator[dict[str, list[list[dict[str, Any]]]]]:
+    """The share by arm, seed and take, after each arm."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
     for lost, survival in {"none lost": (1.0, 1.0), "10% and 70% lost": (0.9, 0.3)}.items():
         for mixture in ("static", "adaptive", "deficit"):
@@ -120,4 +120,4 @@ def curves(root: Path, seeds: list[int], num_groups: int) -> dict[str, list[list
             found[f"{mixture}, {lost}"] = [
                 [{"share": share} for share in shares(config, kept, num_groups)] for config in configs
             ]
-    return found
+            yield found
