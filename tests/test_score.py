@@ -50,6 +50,7 @@ def test_files_are_judged_in_order_and_summed_up(tmp_path):
     assert (summary["rows"], summary["completions"], summary["invalid"]) == (300, 598, 1)
     assert summary["reasons"] == {"KeyError: 250": 1}
     assert summary["accuracy"] == pytest.approx(299 / 597)
+    assert summary["score"] == pytest.approx(summary["costs"]["letters"] / 4 / 597)
     assert summary["costs"]["letters"] == sum(len(str(n)) + 2 for n in range(300) if n not in (250, 251)) + 1
     verdicts = [json.loads(line)["verdicts"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(verdicts) == 300
@@ -125,5 +126,8 @@ def test_a_group_without_a_result_is_explained_too(run_directory):
 def test_what_cannot_be_explained_is_one_line(run_directory, tmp_path):
     unknown = run("explain", run_directory, 7)
     assert unknown.returncode == 2 and "there is no group 7: the last is 1" in unknown.stderr
+    (tmp_path / "empty").mkdir()
+    empty = run("explain", tmp_path / "empty", 7)
+    assert empty.returncode == 2 and not list((tmp_path / "empty").iterdir()), "it looks and makes nothing"
     nowhere = run("explain", tmp_path / "nowhere", 7)
     assert nowhere.returncode == 2 and "unable to open database file" in nowhere.stderr
