@@ -75,6 +75,7 @@ def test_an_attack_is_contained(code, host, attack):
     tests = {"input_output": json.dumps({"inputs": ["1"], "outputs": [PRIZE]})}
     verdict = judge(code, host, ATTACKS[attack], **tests)
     assert verdict.score == 0.0 and not verdict.solved and not verdict.error, verdict
+    assert PRIZE not in verdict.evidence.get("given", ""), "it succeeded, and said so more than once"
     assert judge(code, host, f"print({PRIZE!r})", **tests).solved, "the next program"
     host.check()
 
@@ -162,4 +163,5 @@ def test_a_compiled_attack_is_contained(host, attack):
     program = COMPILED[attack].replace("CANARY", str(host.canary))
     verdict = cpp("", f"```cpp\n{program}\n```", "", **tests)
     assert verdict.score == 0.0 and ANSWER not in str(verdict.evidence), verdict
+    assert PRIZE not in verdict.evidence.get("given", "")
     host.check()

@@ -78,6 +78,13 @@ def test_a_program_sees_little(sandbox):
     assert said == f"{environment} ['full', 'null', 'random', 'stdin', 'urandom', 'zero'] ['stdin'] False"
 
 
+@pytest.mark.parametrize("kind", ["net", "pid", "ipc", "uts", "mnt"])
+def test_a_sandbox_has_namespaces_of_its_own(sandbox, kind):
+    """Where the system-call filter leaks, this is the next wall."""
+    runner = max(processes_of(sandbox))
+    assert os.readlink(f"/proc/{runner}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+
+
 def test_programs_run_as_an_unprivileged_user_of_their_own(sandbox):
     identity = "import os\nprint(*os.getresuid(), *os.getresgid(), *os.getgroups())"
     with closing(Sandbox()) as another:
