@@ -205,7 +205,7 @@ def test_a_version_applied_is_told_once_however_often_it_is_said(tmp_path: Path)
     coordinator = begun(tmp_path)
     enter(coordinator, "g", 8)
     coordinator.applied("g", coordinator.incarnation, 0, 1.0)
-    (num_told,) = coordinator._ledger._db.execute("SELECT count(*) FROM events WHERE kind = 'applied'").fetchone()
+    (num_told,) = coordinator._ledger._db.execute("SELECT count(*) FROM events WHERE event = 'applied'").fetchone()
     assert num_told == 1
 
 
