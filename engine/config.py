@@ -34,6 +34,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
 Mass = Annotated[float, Meta(gt=0, le=1)]
 Text = Annotated[str, Meta(min_length=1)]
+OF_GROUPS = ("group_mean", "group_norm", "leave_one_out")  # advantages against the others of the group
 Slot = dict[str, Any]  # {name = "...", keyword arguments of the function}: checked against its signature at launch
 
 
@@ -177,7 +178,7 @@ class Algorithm(Struct):
     aggregate: Slot = msgspec.field(default_factory=lambda: {"name": "token_mean"})
     penalties: list[Slot] = []
     kl: Slot = msgspec.field(default_factory=lambda: {"name": "k3", "coefficient": 0.0})
-    entropy: float = 0.0
+    entropy: Unsigned = 0.0
     imitation: Unsigned = 0.0  # weight of -log pi, mean over the tokens of solved completions
     overlong_filter: bool = False  # completions cut off at the token limit count in baselines but do not train
     shuffle_rewards: bool = False  # a control: scores change places within their group, so nothing is to be learned
@@ -367,7 +368,9 @@ def _explain(message: str, table: dict[str, Any]) -> str:
         return f"{field} = {value[lacking[2]]!r}: unknown; allowed are {', '.join(kind.__struct_fields__)}"
     if get_origin(kind) is Literal:
         return f"{field} = {value!r}: allowed are {', '.join(get_args(kind))}"
-    return f"{field} = {value!r}: {text.replace('`', chr(39))}"
+    for theirs, ours in {"`object`": "a table", "`array`": "a list", "`": "'"}.items():  # in the words of TOML
+        text = text.replace(theirs, ours)
+    return f"{field} = {value!r}: {text}"
 
 
 def _find(kind: Any, value: Any, keys: list[str]) -> tuple[Any, Any]:
@@ -387,13 +390,17 @@ def check(config: Config) -> None:
             "top_p = 1 and top_k = 0 (truncated sampling has no usable log-probabilities); [evaluation] may truncate"
         )
     if bool(config.model.path) == bool(config.model.init):
-        raise ConfigError(f"model.path = {config.model.path!r}: exactly one of model.path and [model.init] is needed")
+        raise ConfigError(
+            f"model.path = {config.model.path!r}: exactly one of model.path and [model.init] is needed; "
+            "--model.init={} drops the file's"
+        )
     if config.generator.engine == "embedded" and config.generator.gpus != 1:
         raise ConfigError(f"generator.gpus = {config.generator.gpus}: more than 1 needs generator.engine = 'sglang'")
     if config.generator.engine == "sglang" and config.model.fp32_head and config.generator.dtype != "float32":
         raise ConfigError("model.fp32_head = true: SGLang keeps its head in generator.dtype, so that must be float32")
     if (config.weights.route == "disk") != bool(config.weights.directory):
-        raise ConfigError(f"weights.directory = {config.weights.directory!r}: exactly where weights.route = 'disk'")
+        directory = config.weights.directory
+        raise ConfigError(f"weights.directory = {directory!r}: is needed where weights.route = 'disk', and only there")
     if 3 * config.deadlines.heartbeat_s > config.deadlines.lease_s:
         raise ConfigError(
             f"deadlines.lease_s = {config.deadlines.lease_s}: must be at least 3 * deadlines.heartbeat_s = "
@@ -401,6 +408,9 @@ def check(config: Config) -> None:
         )
     if not config.domains:
         raise ConfigError("domains: at least one [[domains]] table is needed")
+    advantage = config.algorithm.advantage["name"]
+    if config.run.group_size == 1 and advantage in OF_GROUPS:
+        raise ConfigError(f"run.group_size = 1: algorithm.advantage {advantage!r} of a group of one is always 0")
     names = [domain.name for domain in config.domains]
     for name in names:
         if names.count(name) > 1:

@@ -103,15 +103,16 @@ def curate(arguments: argparse.Namespace) -> dict[str, Any]:
     if not tables or len(recipe) > 1:
         raise ValueError(f"{arguments.recipe}: must hold [[filters]] tables, and nothing else")
     digest = hashlib.sha256(repr((recipe, [str(path) for path in arguments.files])).encode()).hexdigest()[:16]
-    record = Record(arguments.out, digest)
     workshop, started = Workshop(arguments.workers, arguments.deadline), time.monotonic()
+    stages = build(filters, workshop)  # before anything is written
+    record = Record(arguments.out, digest)
     num_done = len(record.decisions)
     total = sum(path.stat().st_size for path in arguments.files)
     with workshop.exits, Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("rows", total=total)
         rows = read_rows(arguments.files, lambda num_bytes: progress.advance(bar, num_bytes))
         items = resumed(rows, record.decisions[:num_done])
-        for stage in build(filters, workshop):
+        for stage in stages:
             items = stage(items)
         for item in islice(items, num_done, None):
             record.add(item)

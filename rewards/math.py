@@ -9,7 +9,7 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Rational
 
-from rewards.answer import after_thinking, announced, boxed
+from rewards.answer import after_thinking, announced, boxed, tagged
 from rewards.choice import chosen, is_choice
 from rewards.notation import base, bracket, far, relation, rewritten, words
 from rewards.units import Quantity, quantity
@@ -28,15 +28,16 @@ def equals(
 ) -> Verdict:
     """1 where the answer in `completion` equals `answer`; else 0.
 
-    It is looked for after the last thinking block: the last \\boxed{} (several boxes in a row are one set), or else the
-    last line that announces an answer, or else the last value; `boxed_only` wants a box. With `choices` an `answer`
-    that is a single letter, A to J, is the letter of a multiple choice. Quantities in different units are converted;
-    a unit that is left out is forgiven.
+    It is looked for after the last thinking block, between <answer> and </answer> where they stand: the last \\boxed{}
+    (several boxes in a row are one set), or else the last line that announces an answer, or else the last value;
+    `boxed_only` wants a box. With `choices` an `answer` that is a single letter, A to J, is the letter of a multiple
+    choice. Quantities in different units are converted; a unit that is left out is forgiven.
 
     math-verify's own time limits are off: one clock rules, the pool's. Raises `ValueError` for an `answer` that cannot
     be read.
     """
     text = after_thinking(prompt, completion)
+    text = text if text is None else tagged(text) or text
     given = find(text, boxed_only) if text is not None else None
     evidence = {"parsed": brief(given if given is not None else ""), "expected": brief(answer)}
     if choices and is_choice(answer):

@@ -272,3 +272,10 @@ def test_no_expression_hangs_or_goes_unanswered(count):
     assert not [texts[key] for key, verdicts in found.items() if any(each.solved for each in verdicts)]
     errors = Counter(each.error for verdicts in found.values() for each in verdicts)
     assert set(errors) <= {"", "no word within 0.4 s (signal 9)"} and errors[""] > count / 4, errors
+
+
+@pytest.mark.parametrize("inside", ["42", "\n$42$\n", "x = 42", "so \\boxed{42}"])
+def test_an_answer_between_tags_is_found(inside):
+    equals = resolve("math", {})
+    assert equals("", f"<think>7</think> first 5, then <answer>{inside}</answer>", "42").solved
+    assert not equals("", f"<think>42</think> 42, no <answer>{inside.replace('42', '41')}</answer>", "42").solved
