@@ -43,7 +43,7 @@ from engine.schema import (
     Trained,
 )
 from engine.snapshot import Snapshot, pack, unpack
-from engine.tally import PassRate, Tally, count, digest
+from engine.tally import Exhausted, PassRate, Tally, count, digest
 from engine.task import Task, followed, samplings
 from engine.tickets import Tickets
 
@@ -59,6 +59,7 @@ class Prompts(Protocol):
     """What the coordinator needs of the prompt cursor."""
 
     def draw(self, tally: Tally) -> tuple[str, int]: ...
+    def is_wanted(self, name: str, index: int, tally: Tally) -> bool: ...
     def comes_again(self, domain: str) -> bool: ...
     def prompt(self, domain: str, index: int) -> Prompt: ...
     def held_out(self) -> list[Prompt]: ...
@@ -99,6 +100,7 @@ class Coordinator:
         self._filtered_before: list[int] = []  # the take under way, between the last one and this
         self._ends: Counter[str] = Counter()
         self._num_drawn = 0
+        self._exhausted = ""  # why there is nothing to draw, until a result brings a prompt back
         self._round = 0  # leases that the present round may still grant, at max_staleness 0
         self._survey_turn = False
 
@@ -265,12 +267,13 @@ class Coordinator:
     # ---- learner
 
     def take(self, num_groups: int, version: int, now: float) -> Taken | None:
-        """The groups to train at `version`; None: the learner must wait, ask again after the next change."""
+        """The groups to train at `version`; None: the learner must wait, ask again after the next change. No groups
+        at all once the prompts are exhausted, nothing is generated any more and the buffer holds too few."""
         overdue = self.buffer.expire(version)
         leased_versions = (task.version for task in self._leased.values() if task.kind == "train")
         taken = self.buffer.take(num_groups, version, leased_versions)
         if not overdue and taken is None:
-            return None
+            return self._none_left(now)
         with self._ledger.transaction():
             for waiting in overdue:
                 self._end(waiting.group.group_id, waiting.group.domain, "expired", "every token is too old")
@@ -287,6 +290,10 @@ class Coordinator:
             arrival_versions=[waiting.arrival_version for waiting in taken],
             state=self.state(now),
         )
+
+    def _none_left(self, now: float) -> Taken | None:
+        coming = self._pending or any(task.kind == "train" for task in self._leased.values())
+        return Taken([], [], [], self.state(now), self._exhausted) if self._exhausted and not coming else None
 
     def trained(self, trained: Trained, now: float) -> None:
         """A take became `trained.version`. Its tickets return when that is applied everywhere, also after a skipped
@@ -389,9 +396,15 @@ class Coordinator:
         if self._pending:
             return heapq.heappop(self._pending)[1]
         run = self._config.run
-        if self.tickets.num_free == 0 or self.tally.suffices((run.steps - self.version) * run.groups_per_step):
+        enough = self.tally.suffices((run.steps - self.version) * run.groups_per_step)
+        if self.tickets.num_free == 0 or enough or self._exhausted:
             return None
-        task = Task("train", self._num_drawn, self._prompts.prompt(*self._prompts.draw(self.tally)))
+        try:
+            domain, index = self._prompts.draw(self.tally)
+        except Exhausted as error:
+            self._exhausted = str(error)
+            return None
+        task = Task("train", self._num_drawn, self._prompts.prompt(domain, index))
         self.tally.drawn(task.prompt.domain)
         self.tickets.acquire(task.group_id)
         self._num_drawn += 1
@@ -490,6 +503,8 @@ class Coordinator:
             valid = [verdict for verdict in group.verdicts if not verdict.error]
             solved = sum(verdict.solved for verdict in valid)
             self.tally.judged(PassRate(prompt.domain, digest(prompt.text), prompt.index, solved, len(valid)))
+            if self._exhausted and self._prompts.is_wanted(prompt.domain, prompt.index, self.tally):
+                self._exhausted = ""
 
     def _end(self, group_id: int, domain: str, end: End, reason: str) -> None:
         """A group ends before any take."""

@@ -104,6 +104,12 @@ class Job:
         taken = self.rollouts.take(self.config.run.groups_per_step, self.learner.version)
         return taken, time.monotonic() - started
 
+    def end_early(self, taken: Taken) -> None:
+        """There are no more prompts: what is trained is the run."""
+        self.say(f"{taken.exhausted}; the run ends at version {self.learner.version} of {self.config.run.steps}")
+        for evaluation in taken.state.completed_evaluations:
+            self.report_evaluation(evaluation)
+
     def step(self, taken: Taken) -> dict[str, Any]:
         """One take becomes one version."""
         version = self.learner.version
@@ -275,7 +281,8 @@ def trained_staleness(updates: list[Update], version: int) -> int:
 
 
 def learn(job: Job) -> None:
-    """Runs `job` to its last step. Raises `Stopped`, resumably, when someone asks it to stop."""
+    """Runs `job` to its last step, or until its prompts are exhausted. Raises `Stopped`, resumably, when someone asks
+    it to stop."""
     config, learner = job.config, job.learner
     job.publish()
     job.check_parity()
@@ -288,6 +295,9 @@ def learn(job: Job) -> None:
         if taken is None:
             job.save()
             raise job.stop.error()
+        if taken.exhausted:
+            job.end_early(taken)
+            break
         trained = time.monotonic()
         report = job.step(taken)
         published = time.monotonic()

@@ -19,7 +19,7 @@ from engine.algorithms.slots import bind
 from engine.config import Config, ConfigError
 from engine.schema import Prompt
 from engine.sources import MAX_REDRAWS, Generated, Source, derive, open_source
-from engine.tally import Tally
+from engine.tally import Exhausted, Tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,22 +51,23 @@ class Prompts:
 
     def draw(self, tally: Tally = NOTHING) -> tuple[str, int]:
         """The next group's domain and the number of its prompt there; moves the cursor, past prompts that the
-        curriculum leaves out. Raises `ConfigError` where it leaves out all of the domain's."""
+        curriculum leaves out. Raises `Exhausted`, and leaves the cursor, where it leaves out all of the domain's."""
         counts = (tally.rollouts, tally.trained, tally.ended, tally.in_flight)
         columns = (np.array([count[name] for name in self._names], np.float64) for count in counts)
         bounds = list(itertools.accumulate(self._mixture(self._weights, *columns).tolist()))
         point = random.Random(derive(self._seed, "draw", self._num_draws)).random() * bounds[-1]
         name = self._names[bisect.bisect(bounds, point)]
-        self._num_draws += 1
-        for _ in range(len(self._sources[name]) or 1):
-            index = self._num_drawn[name]
-            self._num_drawn[name] += 1
-            if self._is_wanted(name, index, tally):
+        first, most = self._num_drawn[name], 2 * len(self._sources[name])  # wherever it starts, in these is an epoch
+        for index in range(first, first + (most or 1)):
+            if self.is_wanted(name, index, tally):
+                self._num_draws += 1
+                self._num_drawn[name] = index + 1
                 return name, index
         low, high = self._curriculum.pass_rate
-        raise ConfigError(f"curriculum.pass_rate = [{low}, {high}]: no prompt of domain {name!r} is left")
+        raise Exhausted(f"curriculum.pass_rate = [{low}, {high}]: no prompt of domain {name!r} is left")
 
-    def _is_wanted(self, name: str, index: int, tally: Tally) -> bool:
+    def is_wanted(self, name: str, index: int, tally: Tally) -> bool:
+        """Whether the curriculum lets the prompt be drawn, after what `tally` says of its last draws."""
         low, high = self._curriculum.pass_rate
         if (low, high) == (0.0, 1.0) or not self.comes_again(name):
             return True

@@ -313,12 +313,14 @@ class Evaluated(msgspec.Struct, tag=True, frozen=True):
 
 
 class Taken(msgspec.Struct, tag=True, frozen=True):
-    """The groups of one take, oldest ticket first; `queue_s` is each one's wait between arrival and take."""
+    """The groups of one take, oldest ticket first; `queue_s` is each one's wait between arrival and take. Where there
+    are too few and never will be more, none, and `exhausted` says why."""
 
     groups: list[Group]
     queue_s: list[float]
     arrival_versions: list[int]  # the learner's version when each arrived: splits lag into in-flight and in-queue
     state: State
+    exhausted: str = ""
 
 
 class Probed(msgspec.Struct, tag=True, frozen=True):

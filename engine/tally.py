@@ -29,6 +29,10 @@ class PassRate(msgspec.Struct, frozen=True):
         return self.solved / self.judged
 
 
+class Exhausted(ConfigError):
+    """The curriculum leaves out every prompt of a domain."""
+
+
 class Tally:
     """Counts by domain; pass rates of prompts that come again, the newest draw's of each."""
 

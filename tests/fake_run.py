@@ -24,6 +24,9 @@ class CountingPrompts:
         self.drawn += 1
         return "a", self.drawn - 1
 
+    def is_wanted(self, name: str, index: int, tally: Tally) -> bool:
+        return True
+
     def comes_again(self, domain: str) -> bool:
         return False
 

@@ -12,7 +12,7 @@ from engine.config import Config, ConfigError, parse
 from engine.coordinator import Coordinator
 from engine.ledger import Ledger
 from engine.schema import Group, Lease, Prompt, Trained
-from engine.tally import PassRate, Tally
+from engine.tally import Exhausted, PassRate, Tally, digest
 from rewards.verdict import Verdict
 
 SETTINGS = fake_run.config(max_staleness=1, groups_per_step=2)
@@ -121,8 +121,6 @@ def test_prompts_outside_the_pass_rates_are_passed_over_from_the_next_epoch_on(t
 
 
 def digest_of(prompt: Prompt) -> str:
-    from engine.tally import digest
-
     return digest(prompt.text)
 
 
@@ -131,8 +129,84 @@ def test_where_no_prompt_is_left_the_draw_says_so(tmp_path: Path) -> None:
     for _ in range(8):
         prompt = cursor.prompt(*cursor.draw(tally))
         tally.judged(PassRate("a", digest_of(prompt), prompt.index, 0, 4))
-    with pytest.raises(ConfigError, match=r"curriculum.pass_rate = \[0.5, 1.0\]: no prompt of domain 'a' is left"):
+    before = cursor.state()
+    with pytest.raises(Exhausted, match=r"curriculum.pass_rate = \[0.5, 1.0\]: no prompt of domain 'a' is left"):
         cursor.draw(tally)
+    assert cursor.state() == before
+
+
+def test_a_prompt_that_is_left_is_found_wherever_it_stands(tmp_path: Path) -> None:
+    """Also one that the last epoch had early and the next has late."""
+    tally = Tally()
+    for text in "0123456":
+        tally.judged(PassRate("a", digest(text), 0, 0, 4))
+    for num_drawn in range(8):
+        cursor = prompts(of_file(tmp_path, {"pass_rate": [0.5, 1.0]}))
+        cursor.restore({"num_draws": 0, "num_drawn": {"a": num_drawn}})
+        assert cursor.prompt(*cursor.draw(tally)).text == "7"
+
+
+class Curriculum(FewPrompts):
+    """Those that were solved are not drawn again."""
+
+    def is_wanted(self, name: str, index: int, tally: Tally) -> bool:
+        return tally.share(name, str(index % 5)) != 1.0
+
+    def draw(self, tally: Tally) -> tuple[str, int]:
+        for index in range(self.drawn, self.drawn + 5):
+            if self.is_wanted("a", index, tally):
+                self.drawn = index + 1
+                return "a", index
+        raise Exhausted("none left")
+
+
+def exhausted(directory: Path) -> Coordinator:
+    """Four tickets; the pass rates say that prompt 2 alone is not solved."""
+    ours = Coordinator(SETTINGS, Curriculum(), Ledger(directory / "ledger.db"), fake_run.raw_scores)
+    ours.begin(0.0)
+    for text in "0134":
+        ours.tally.judged(PassRate("a", digest(text), -1, 4, 4))
+    ours.join("g", 0.0)
+    ours.published(0, 0.0)
+    ours.applied("g", 0, 0, 0.0)
+    return ours
+
+
+def test_the_learner_is_told_when_no_prompt_is_left(tmp_path: Path) -> None:
+    ours = exhausted(tmp_path)
+    ours.request("g", 2, 0.0)
+    [lease] = ours.grants(0.0)["g"]
+    assert ours.take(2, 0, 0.0) is None
+    ours.arrived(scored(lease, 1.0, 1.0), 1.0)  # solved, filtered
+    ours.request("g", 2, 1.0)
+    assert ours.grants(1.0) == {}
+    taken = ours.take(2, 0, 1.0)
+    assert taken is not None
+    assert (taken.groups, taken.exhausted, taken.state.ends["in_flight"]) == ([], "none left", 0)
+    again = Coordinator(SETTINGS, Curriculum(), Ledger(tmp_path / "ledger.db"), fake_run.raw_scores)
+    again.begin(2.0, ours.snapshot(0))  # the others were never drawn
+    again.join("g", 2.0)
+    again.published(0, 2.0)
+    again.applied("g", again.incarnation, 0, 2.0)
+    again.request("g", 8, 2.0)
+    assert [lease.prompt.index % 5 for lease in again.grants(2.0)["g"]] == [3, 4, 0, 1]
+
+
+def test_prompts_are_not_exhausted_while_a_result_may_bring_one_back(tmp_path: Path) -> None:
+    ours = exhausted(tmp_path)
+    ours.request("g", 4, 0.0)
+    first, second = ours.grants(0.0)["g"]  # of the same prompt
+    ours.arrived(scored(first, 1.0, 1.0), 1.0)
+    ours.request("g", 2, 1.0)
+    assert ours.grants(1.0) == {}
+    assert ours.take(2, 0, 1.0) is None
+    ours.arrived(scored(second, 0.0, 1.0), 2.0)
+    assert ours.take(2, 0, 2.0) is None
+    [third] = ours.grants(2.0)["g"]
+    ours.arrived(scored(third, 0.0, 1.0), 3.0)
+    taken = ours.take(2, 0, 3.0)
+    assert taken is not None
+    assert (len(taken.groups), taken.exhausted) == (2, "")
 
 
 def test_rows_are_chosen_by_their_columns(tmp_path: Path) -> None:
