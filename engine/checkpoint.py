@@ -134,7 +134,7 @@ def is_whole(path: Path) -> bool:
 def export(learner: Learner, source: Path, directory: Path) -> None:
     """Writes the policy to `directory` in Hugging Face format, with the tokenizer's files out of `source` beside it.
     Collective."""
-    weights = dict(learner.weights())
+    weights = parallel.of_lead_alone(learner.weights())
     if parallel.rank() == 0:
         learner.model.save_pretrained(directory, state_dict=weights)
         for path in source.iterdir():

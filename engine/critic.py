@@ -201,8 +201,9 @@ class Critic:
 
     def export(self, directory: Path) -> None:
         """Writes a directory that `critic.path` may name. Collective."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.weights()}
+        weights = parallel.of_lead_alone(self.weights())
         if parallel.rank() == 0:
+            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
             directory.mkdir(parents=True, exist_ok=True)
             save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
             config = self._backbone.config.to_dict() | {"id2label": {0: "value"}, "label2id": {"value": 0}}

@@ -4,6 +4,8 @@ The learners' process group is torch.distributed's default group; no generator i
 rank, whose module stays plain.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -56,6 +58,11 @@ def shards(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor on every rank (collective where it is sharded); a plain tensor itself, not copied."""
     return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def of_lead_alone(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The named tensors in rank 0's host memory, made one by one; the others take part in that and keep none, {}."""
+    return {name: tensor.cpu() for name, tensor in tensors if rank() == 0}
 
 
 def divides_rows(tensor: Tensor) -> bool:

@@ -2,7 +2,10 @@
 
 import random
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import learning
@@ -12,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import checkpoint
+from engine import checkpoint, critic, parallel
 from engine.config import Config, ConfigError
 from engine.learner import Learner
 
@@ -224,3 +227,45 @@ def test_export_loads_in_plain_transformers(tmp_path: Path, num_ranks: int) -> N
         work = export_on_rank
         weights = work(0, tmp_path, tied) if num_ranks == 1 else learning.on_ranks(2, work, tmp_path, tied)[0]
         check_export(tmp_path, tied, weights)
+
+
+class OnDevice:
+    """A tensor on a device."""
+
+    def cpu(self) -> torch.Tensor:
+        return torch.ones(1)
+
+
+class Weights:
+    """Five tensors made one by one, on all ranks; `most` is how many were on the device at once."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def weights(self) -> Iterator[tuple[str, OnDevice]]:
+        living: weakref.WeakSet[OnDevice] = weakref.WeakSet()
+        for name in "abcde":
+            tensor = OnDevice()
+            living.add(tensor)
+            self.most = max(self.most, len(living))
+            yield name, tensor
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, "abcde"), (1, "")])
+@pytest.mark.parametrize("export", ["policy", "critic"])
+def test_an_export_needs_no_whole_model_on_any_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: str, rank: int, kept: str
+) -> None:
+    def note(weights: dict[str, torch.Tensor], *arguments: Any, **options: Any) -> None:
+        assert "".join(weights) == kept and {type(tensor) for tensor in weights.values()} == {torch.Tensor}
+
+    monkeypatch.setattr(parallel, "rank", lambda: rank)
+    monkeypatch.setattr(critic, "save_file", note)
+    learner: Any = Weights()
+    if export == "policy":
+        learner.model = SimpleNamespace(save_pretrained=lambda directory, state_dict: note(state_dict))
+        checkpoint.export(learner, tmp_path, tmp_path)
+    else:
+        learner._backbone = SimpleNamespace(config=SimpleNamespace(to_dict=dict))
+        critic.Critic.export(learner, tmp_path)
+    assert learner.most == 2  # the one that is made and the one before
