@@ -45,6 +45,8 @@ class Replay:
 
     def versions(self, stretches: list[Stretch]) -> Iterator[tuple[int, str, str]]:
         """(version, digest published, digest now) of every publish, in order."""
+        records = (record for stretch in stretches for record in history(stretch))
+        trained = {group_id for record in records if isinstance(record, Trained) for group_id in record.group_ids}
         for stretch in stretches:
             config = load_text(stretch.began.config)
             method, schedule, shape = compose(config.algorithm), Schedule(config), scheduled_shape(config)
@@ -55,7 +57,7 @@ class Replay:
                     results[record.group.group_id, record.group.attempt] = record.group
                 elif isinstance(record, Ack) and record.kind == "train":
                     group = results.pop((record.group_id, record.attempt))
-                    if not record.reason:
+                    if not record.reason and record.group_id in trained:  # else it would be kept to the end
                         self._groups[record.group_id] = group
                 elif isinstance(record, Trained):
                     groups = [self._groups.pop(group_id) for group_id in record.group_ids]

@@ -12,11 +12,12 @@ import torch
 from engine import tokenizer
 from engine.algorithms.method import compose
 from engine.config import Config, parse, to_toml
+from engine.history import lineage
 from engine.learner import Learner
 from engine.learner_loop import prepare
 from engine.model import build, describe
 from engine.placement import seat
-from engine.replay import digest, main, replay
+from engine.replay import Replay, digest, main, replay
 from engine.run_directory import RunDirectory
 from engine.schedule import Schedule
 from engine.schema import Ack, Began, Group, Published, Result, Saved, Trained, encode
@@ -182,6 +183,16 @@ def test_a_schedule_that_a_resume_changed_is_that_of_each_incarnation(run):
     rewrite(run.stream / "0001.tap", one_schedule)
     agreeing, difference = replay(run, seat(CONFIG, {}))
     assert agreeing == 2 and difference.startswith("version 2 differs: ")
+
+
+def test_groups_that_were_never_trained_are_not_kept(run):
+    tap = Tap(run.stream / "0001.tap")
+    for record in (Result(group(99, 1)), Ack("train", 99, 1)):
+        tap.append(encode(record))
+    tap.close()
+    replaying = Replay(run, seat(CONFIG, {}))
+    assert [version for version, published, now in replaying.versions(lineage(run.stream))] == [0, 1, 1, 2, 3]
+    assert replaying._groups == {}
 
 
 def test_no_run_is_one_line_and_code_2(tmp_path, capsys):
