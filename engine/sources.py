@@ -276,13 +276,17 @@ def read_rows(field: str, path: str, domain: str, mould: Mould) -> list[Prompt]:
 
 
 def within(prompts: list[Prompt], columns: Columns) -> list[Prompt]:
-    """Those whose fields lie between the bounds in `columns`, as far as they have such fields."""
+    """Those whose fields lie between the bounds in `columns`, as far as they have such fields. Raises `ConfigError`
+    where one of them is no number."""
 
-    def fits(prompt: Prompt) -> bool:
-        bounds = ((prompt.fields[name], *columns[name]) for name in columns.keys() & prompt.fields.keys())
-        return all(low <= value <= high for value, low, high in bounds)
+    def lies(prompt: Prompt, name: str) -> bool:
+        value, (low, high) = prompt.fields[name], columns[name]
+        if not isinstance(value, int | float):
+            place = f"row {prompt.index + 1} of domain {prompt.domain!r}"
+            raise ConfigError(f"curriculum.columns.{name}: {place} has {value!r}, which is no number")
+        return low <= value <= high
 
-    return [prompt for prompt in prompts if fits(prompt)]
+    return [prompt for prompt in prompts if all(lies(prompt, name) for name in columns.keys() & prompt.fields.keys())]
 
 
 def read_jsonl(path: Path) -> list[Row]:

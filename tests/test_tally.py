@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import fake_run
 import msgspec
@@ -90,7 +91,7 @@ def test_pass_rates_of_an_earlier_run_are_older_than_any_of_this_one(tmp_path: P
 # ---- draws -------------------------------------------------------------------------------------------------------
 
 
-def of_file(directory: Path, curriculum: dict[str, object], **columns: list[int]) -> Config:
+def of_file(directory: Path, curriculum: dict[str, object], **columns: list[Any]) -> Config:
     """Eight prompts, of which no column is given or the columns `columns`."""
     path = directory / "rows.jsonl"
     rows = [{"prompt": str(n), "answer": "", **{name: values[n] for name, values in columns.items()}} for n in range(8)]
@@ -215,3 +216,11 @@ def test_rows_are_chosen_by_their_columns(tmp_path: Path) -> None:
     assert sorted(cursor.prompt(*cursor.draw(Tally())).text for _ in range(3)) == list("234")
     with pytest.raises(ConfigError, match="curriculum.columns = .* no row of domains.0.path"):
         prompts(of_file(tmp_path, {"columns": {"level": [8, 9]}}, **levels))
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, "None"), ("hard", "'hard'"), ([3], r"\[3\]")])
+def test_a_column_of_the_curriculum_holds_numbers(tmp_path: Path, value: object, shown: str) -> None:
+    levels = {"level": [0, 1.5, value, 3, 4, 5, 6, 7]}
+    line = rf"^curriculum.columns.level: row 3 of domain 'a' has {shown}, which is no number$"
+    with pytest.raises(ConfigError, match=line):
+        prompts(of_file(tmp_path, {"columns": {"level": [2, 4]}}, **levels))
