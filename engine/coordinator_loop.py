@@ -212,6 +212,7 @@ class CoordinatorLoop:
         snapshot = self._coordinator.snapshot(message.step)
         (Path(message.path) / SNAPSHOT).write_bytes(snapshot)
         self._record(Saved(message.step, digest(snapshot)))
+        self._tap.sync()  # a checkpoint that outlives the machine is nothing without its record
         self._link.send(Done(state))
 
     def _on_finished(self, message: Finished, now: float) -> None:

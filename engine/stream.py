@@ -5,6 +5,7 @@ processes that it depends on, so that nothing waits for a dead peer. Messages th
 their sender until acknowledged, so delivery is at least once and receivers are idempotent.
 """
 
+import os
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -171,6 +172,10 @@ class Tap:
             self._file.write(LENGTH.pack(memoryview(frame).nbytes))
             self._file.write(frame)
         self._file.flush()
+
+    def sync(self) -> None:
+        """Forces to disk what was appended, so that the machine's end loses none of it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

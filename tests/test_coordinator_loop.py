@@ -29,12 +29,13 @@ from engine.schema import (
     Request,
     Result,
     Save,
+    Saved,
     Stop,
     ToGenerator,
     ToLearner,
 )
 from engine.snapshot import SNAPSHOT, unpack
-from engine.stream import Link
+from engine.stream import Link, read_tap
 from engine.weights import Manifest, Publisher
 
 PATIENCE_S = 10.0
@@ -115,3 +116,22 @@ def test_an_evaluation_handed_out_at_a_checkpoint_is_not_kept_in_it(between: Bet
     done = between.learner.receive(PATIENCE_S, "saved")
     assert [evaluation.name for evaluation in done.state.completed_evaluations] == ["step 0"]
     assert unpack((tmp_path / SNAPSHOT).read_bytes()).evaluations == []
+
+
+def test_the_record_of_a_checkpoint_is_on_disk_before_the_learner_hears_of_it(
+    between: Between, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [tap] = between.run.stream.glob("*.tap")
+    synced, send, sync = [], between.loop._link.send, os.fsync
+
+    def note(descriptor: int) -> None:
+        sync(descriptor)
+        if os.path.samestat(os.fstat(descriptor), tap.stat()):
+            synced.append(list(read_tap(tap))[-1])
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(between.loop._link, "send", lambda message: synced.append(message) or send(message))
+    between.join(1)
+    between.learner.send(Save(str(tmp_path), 3))
+    between.hear(lambda: len(synced) >= 3)
+    assert [type(each) for each in synced] == [Ready, Saved, Done]
