@@ -27,6 +27,7 @@ def solved(completion: str, answer: str, prompt: str = "", **options: bool) -> b
 def test_only_what_follows_the_last_thinking_block_counts():
     assert after_thinking("", "<think>4</think> 5") == " 5"
     assert after_thinking("", "<think>a</think> <think>b</think>5") == "5"
+    assert after_thinking("", "<think>a</think> <reasoning>b</reasoning>5") == "5"
     assert after_thinking("", "5") == "5"
     assert after_thinking("Go. <think>\n", "still 4") is None
     assert after_thinking("Go. <think>\n", "it is 4</think>5") == "5"
