@@ -297,7 +297,9 @@ class Recorder:
         import wandb  # pyright: ignore[reportMissingImports]
 
         run = wandb.init(project=config.tracking.wandb_project, name=directory.name, dir=str(directory))
-        self._writers.append(lambda numbers, step: run.log(numbers, step=step))
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")  # its own count takes no row of a step that has passed
+        self._writers.append(lambda numbers, step: run.log({**numbers, "step": step}))
         self._closers.append(run.finish)
 
     def record(self, record: Record) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_run
 import msgspec
@@ -206,6 +207,36 @@ def test_tensorboard_has_every_number_once_the_recorder_is_closed(tmp_path: Path
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["step/reward"]
     assert [(event.step, event.value) for event in events.Scalars("step/reward")] == [(3, 0.5)]
+
+
+class Dashboard:
+    """A run of Weights & Biases as its client keeps it: a row for a step that has passed is dropped."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.axes: dict[str, str | None] = {}
+        self.step, self.finish = 0, lambda: None
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, numbers: dict[str, float], step: int | None = None) -> None:
+        if step is None or step >= self.step:
+            self.rows.append(numbers)
+            self.step = self.step + 1 if step is None else step
+
+
+def test_an_evaluation_of_an_earlier_step_reaches_the_dashboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = Dashboard()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: board))
+    log = recorder(tmp_path, tensorboard=False, wandb_project="mine")
+    log.record({"kind": "step", "step": 3, "reward": 0.5})
+    log.record({"kind": "evaluation", "step": 2, "accuracy/all": 0.25})
+    log.close()
+    assert board.rows == [{"step/reward": 0.5, "step": 3}, {"evaluation/accuracy/all": 0.25, "step": 2}]
+    assert board.axes == {"step": None, "*": "step"}
 
 
 def test_missing_tracker_is_an_error_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
