@@ -254,14 +254,13 @@ class Coordinator:
         number of them."""
         granted: dict[str, list[Lease]] = {}
         pinned = self.surveys.waited_for
-        if self.roster.next_in_line(pinned) is None:
+        line = self.roster.line(pinned)
+        if line.first is None:
             return granted
         with self._ledger.transaction():
-            while generator := self.roster.next_in_line(pinned):
-                task = self._next_task(pinned)
-                if task is None:
-                    break
-                granted.setdefault(generator, []).append(self._grant(task, generator, now))
+            while (generator := line.first) and (task := self._next_task(pinned)):
+                granted.setdefault(generator, []).append(self._grant(task, generator, line.version, now))
+                line.grant(task.num_samples)
         return granted
 
     # ---- learner
@@ -426,12 +425,11 @@ class Coordinator:
         places = [(domain, index) for index in range(-(-MIN_PROBES // len(domains))) for domain in domains]
         return [self._prompts.prompt(domain, index) for domain, index in places]
 
-    def _grant(self, task: Task, generator: str, now: float) -> Lease:
+    def _grant(self, task: Task, generator: str, version: int, now: float) -> Lease:
         task.attempt += 1
-        task.generator, task.version, task.leased_s = generator, self.roster.newest_applied, now
+        task.generator, task.version, task.leased_s = generator, version, now
         if task.kind == "train":
-            task.sampling, task.num_samples = self._training(task.version)
-        self.roster.members[generator].num_wanted -= task.num_samples
+            task.sampling, task.num_samples = self._training(version)
         self._leased[task.key] = task
         lease = task.lease(self._config.run.seed)
         if task.kind == "train":

@@ -4,6 +4,8 @@ A member is routed, that is, gets leases and holds tickets back, from its first 
 or fails to apply a newer version in time.
 """
 
+import heapq
+
 import msgspec
 
 from engine.config import Deadlines
@@ -23,6 +25,33 @@ class Member(msgspec.Struct):
     busy_s: float = 0.0
     idle_s: float = 0.0
     newest: Applied | None = None  # what it said of the newest version
+
+
+class Line:
+    """Members at one `version`, who asks for most first; among equals, who joined first. Valid until something besides
+    `grant` changes them."""
+
+    def __init__(self, version: int, members: dict[str, Member]):
+        self.version = version
+        self._members = members
+        self._heap = [
+            (-member.num_wanted, place, name)
+            for place, (name, member) in enumerate(members.items())
+            if member.num_wanted > 0
+        ]
+        heapq.heapify(self._heap)
+
+    @property
+    def first(self) -> str | None:
+        return self._heap[0][2] if self._heap else None
+
+    def grant(self, num_samples: int) -> None:
+        """The first is given so many, and waits for the rest of what it asks for."""
+        _, place, name = heapq.heappop(self._heap)
+        member = self._members[name]
+        member.num_wanted -= num_samples
+        if member.num_wanted > 0:
+            heapq.heappush(self._heap, (-member.num_wanted, place, name))
 
 
 class Roster:
@@ -90,16 +119,12 @@ class Roster:
 
     # ---- whom to give the next lease
 
-    def next_in_line(self, pinned: bool) -> str | None:
-        """The member that asks for most, among those at the newest applied version; with `pinned` that must be the
-        newest published one."""
+    def line(self, pinned: bool) -> "Line":
+        """The members that ask, among those at the newest applied version; with `pinned` that must be the newest
+        published one."""
         version = self.published if pinned else self.newest_applied
-        ready = [
-            name
-            for name, member in self.members.items()
-            if member.routed and member.applied == version and member.num_wanted > 0
-        ]
-        return max(ready, key=lambda name: self.members[name].num_wanted, default=None)
+        ready = {name: member for name, member in self.members.items() if member.routed and member.applied == version}
+        return Line(version, ready)
 
     # ---- deadlines
 

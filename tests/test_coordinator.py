@@ -7,6 +7,7 @@ import pytest
 
 from engine.config import ConfigError
 from engine.coordinator import Coordinator
+from engine.roster import Roster
 from engine.schema import Failure, Granted, Heartbeat, Lapsed, Lease, Taken, Took, Trained
 from engine.task import followed
 
@@ -65,6 +66,22 @@ def test_two_generators_share_what_comes_free(tmp_path: Path) -> None:
     granted = coordinator.grants(0.0)
     assert [lease.group_id for lease in granted["g"]] == [0, 2]
     assert [lease.group_id for lease in granted["h"]] == [1, 3]
+
+
+def test_who_asks_for_most_comes_first_and_members_are_looked_through_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator = begun(tmp_path)
+    for name, num_samples in (("g", 3), ("h", 8)):
+        coordinator.join(name, 0.0)
+        coordinator.applied(name, 0, 0, 0.0)
+        coordinator.request(name, num_samples, 0.0)
+    looks = []
+    monkeypatch.setattr(Roster, "newest_applied", property(lambda roster: looks.append(roster) or 0))
+    granted = {name: [lease.group_id for lease in leases] for name, leases in coordinator.grants(0.0).items()}
+    assert granted == {"h": [0, 1, 2], "g": [3]}
+    assert [coordinator.roster.members[name].num_wanted for name in "gh"] == [1, 2]
+    assert len(looks) == 1
 
 
 def test_leases_go_only_to_the_newest_applied_version(tmp_path: Path) -> None:
