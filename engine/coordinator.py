@@ -211,10 +211,12 @@ class Coordinator:
             self._ledger.event("applied", version=version, generator=generator, detail=costs)
 
     def heartbeat(self, generator: str, beat: Heartbeat, now: float) -> None:
-        """A sign of life. A lease that was granted before the last heartbeat and is not held now never arrived."""
+        """A sign of life. A lease that was granted `heartbeat_s` before the last heartbeat and is not held now never
+        arrived. Sooner than that, several heartbeats may have been under way when it was granted."""
         member = self.roster.members[generator]
+        before = member.beat_s - self._config.deadlines.heartbeat_s
         held = {(kind, group_id) for kind, group_id, _ in beat.held}
-        lost = [task for task in self._held_by(generator) if task.leased_s < member.beat_s and task.key not in held]
+        lost = [task for task in self._held_by(generator) if task.leased_s < before and task.key not in held]
         member.seen_s = member.beat_s = now
         member.generated_tokens, member.busy_s, member.idle_s = beat.generated_tokens, beat.busy_s, beat.idle_s
         if lost:

@@ -297,7 +297,7 @@ def test_leaving_is_nobodys_fault(tmp_path: Path) -> None:
 
 
 def test_a_lease_lost_on_its_way_is_found_by_the_second_heartbeat(tmp_path: Path) -> None:
-    coordinator = begun(tmp_path)
+    coordinator = begun(tmp_path, heartbeat_s=0.5)
     enter(coordinator, "g", 4, now=5.0)
     held = Heartbeat([("train", 1, 1)], 0, 0.0, 0.0)
     coordinator.heartbeat("g", held, 6.0)  # may have crossed the lease
@@ -306,6 +306,17 @@ def test_a_lease_lost_on_its_way_is_found_by_the_second_heartbeat(tmp_path: Path
     assert coordinator.state(8.0).leased_groups == 1
     coordinator.request("g", 2, 8.0)
     assert [(lease.group_id, lease.attempt) for lease in coordinator.grants(8.0)["g"]] == [(0, 2)]
+
+
+def test_heartbeats_that_crossed_a_lease_do_not_lose_it(tmp_path: Path) -> None:
+    """One comes after every applied version, close behind another; and one at the end of a turn begun before."""
+    coordinator = begun(tmp_path, heartbeat_s=2.0)
+    enter(coordinator, "g", 4, now=10.0)
+    for now in (10.001, 10.002, 13.0):
+        coordinator.heartbeat("g", Heartbeat([], 0, 0.0, 0.0), now)
+        assert coordinator.state(now).leased_groups == 2
+    coordinator.heartbeat("g", Heartbeat([], 0, 0.0, 0.0), 15.0)
+    assert coordinator.state(15.0).leased_groups == 0
 
 
 def test_a_lease_held_too_long_is_taken_back(tmp_path: Path) -> None:
