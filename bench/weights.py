@@ -50,7 +50,7 @@ from engine.weights.subscribe import SharedSource  # noqa: E402
 ROUNDS, QUICK_ROUNDS = 7, 3
 SIZES = {True: 20e6, False: 200e6}
 CHANGED = 100
-DENSE_BEFORE, DENSE_WINDOW, DENSE_WINDOWS = 37, 17, 3  # versions until one in 17 is compared
+DENSE_BEFORE, DENSE_WINDOW, DENSE_WINDOWS = 70, 65, 2  # versions until one in 65 is compared
 WIDTHS = {True: 256, False: 1024}  # of the model that pauses, 4 million and 55 million parameters
 _spawn = multiprocessing.get_context("spawn")
 

@@ -15,7 +15,7 @@ from engine.ops.buckets import Delta
 HEAD_BYTES = 24
 PIECE_BYTES = 16
 CHANGE_BYTES = 4  # place and value
-MOST_SKIPPED = 16  # versions
+MOST_SKIPPED = 64  # versions
 
 
 class Changes:

@@ -131,7 +131,7 @@ def write(
     for part in parts:
         assert payload is not None
         place, source, dtypes, start = payload[part.place], part.tensor, [part.dtype], part.place.start
-        if changes is not None and before is not None:
+        if changes is not None and before is not None and changes.num_bytes >= 0:  # else they are too many already
             place.copy_(before[part.place])
             source = source if source.is_cpu else source.to(part.dtype).cpu()
             added, delta = buckets.flatten_delta([source], place, [0], dtypes, start, changes.room)
