@@ -128,7 +128,7 @@ class Generator(Struct, kw_only=True):
     stop: list[Text] = []  # further stop strings; end-of-sequence always stops
     target_entropy: Unsigned = 0.0  # nats a token, which the temperature follows from step to step; 0: it does not
     # The KV cache of running requests when weights change. Kept, tokens hang on several versions and no one of them can
-    # compute them again; bench/inflight.py found no gain that would be worth that (0.93 times as many tokens).
+    # compute them again; bench/inflight.py found no gain that would be worth that (0.88 times as many tokens).
     kv: Literal["recompute", "keep"] = "recompute"
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
