@@ -78,7 +78,6 @@ def main(argv: list[str]) -> int:
         die_with_parent()
     torch.set_num_threads(place.threads)
     transformers_logging.disable_progress_bar()
-    answer_with_stacks()
     stop = StopSignal(config.deadlines.stop_s)
     try:
         run(config, place, stop, arguments.resume)
@@ -250,4 +249,5 @@ def generator_rank(
 
 
 if __name__ == "__main__":
+    answer_with_stacks()
     sys.exit(main(sys.argv[1:]))
