@@ -318,7 +318,7 @@ def test_a_wide_head_travels_as_it_is(tied: bool) -> None:
     init = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     config = parse(
         {
-            "run": {"name": "t", "steps": 1, "groups_per_step": 1, "group_size": 1},
+            "run": {"name": "t", "steps": 1, "groups_per_step": 1, "group_size": 2},
             "model": {
                 "init": {**init, **SHAPES["qwen3"], "tie_word_embeddings": tied},
                 "tokenizer": {"alphabet": "ab"},
