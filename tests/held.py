@@ -81,6 +81,7 @@ def generate(news: Connection, state: str, half: str, arguments: list[str]) -> N
 def hold(news: Connection, state: str, half: str) -> None:
     """Has this process say what it applies, and stop in `state`, or its server."""
     engines: list[Any] = []
+    applied: list[int] = []
 
     def reached(now: str) -> None:
         if now != state or not (engines and engines[0].num_running and engines[0].generated_tokens):
@@ -96,7 +97,8 @@ def hold(news: Connection, state: str, half: str) -> None:
         reached("prepare")
 
     def on_send(link: Link, message: Any) -> None:
-        if isinstance(message, Applied):
+        if isinstance(message, Applied) and message.version not in applied:  # it is said again with every heartbeat
+            applied.append(message.version)
             reached("apply")
             news.send(message.version)
 

@@ -142,7 +142,7 @@ def test_resume_may_change_steps_intervals_and_budgets(tmp_path: Path) -> None:
         "learner.tokens_per_micro_batch=64",
         "generator.max_new_tokens=9",
         "placement.learners=2",
-        "deadlines.lease_s=5.0",
+        "deadlines.lease_s=7.0",
     )
     changed = config(tmp_path, *changes)
     check_resumable(run.path, changed)
