@@ -149,10 +149,17 @@ def prepare(config: Config, stop: StopSignal) -> RunDirectory:
 
 def run(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> None:
     """This rank's part of the job: of its one run, or of its stages one after the other."""
-    run_rank = learner_rank if place.role == "learner" else generator_rank
     store = rendezvous(place, config.deadlines.prepare_s)
+
+    def run_rank(config: Config, resume: str | None, store: dist.Store | None, root: Path | None = None) -> None:
+        if place.role == "learner":
+            learner_rank(config, place, stop, resume, store, root)
+        else:
+            assert store is not None
+            generator_rank(config, place, stop, store)
+
     if not config.stages:
-        run_rank(config, place, stop, resume, store)
+        run_rank(config, resume, store)
         return
     if place.rank == 0:
         held = stages.open_root(config, resume)  # until this function returns
@@ -169,7 +176,7 @@ def run(config: Config, place: Seat, stop: StopSignal, resume: str | None) -> No
             print(f"stage {number + 1} of {len(config.stages)}: {stage.run.name}", flush=True)
             begun = stages.to_resume(stage)
         its_store = None if store is None else dist.PrefixStore(f"stage-{number}", store)
-        run_rank(stage, place, stop, begun, its_store, root)
+        run_rank(stage, begun, its_store, root)
 
 
 def open_run(
@@ -220,16 +227,8 @@ def learner_rank(
         dist.destroy_process_group()
 
 
-def generator_rank(
-    config: Config,
-    place: Seat,
-    stop: StopSignal,
-    resume: str | None,
-    store: dist.Store | None,
-    root: Path | None = None,
-) -> None:
+def generator_rank(config: Config, place: Seat, stop: StopSignal, store: dist.Store) -> None:
     """Supervises one generator until the run ends."""
-    assert store is not None
     address = store.get(ADDRESS_KEY).decode()
     os.environ[keys.VARIABLE] = store.get(JOIN_KEY).decode()
     run = RunDirectory(Path(store.get(RUN_KEY).decode()))
