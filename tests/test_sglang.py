@@ -355,12 +355,14 @@ def test_stop_strings_end_a_completion_also_across_an_update(engine: SGLang) -> 
     """Any of 196 pairs of letters, of which some lie on both sides of a request's end."""
     letters = [str(TOKENIZER.convert_ids_to_tokens(number)) for number in range(2, len(TOKENIZER))]
     stop = tuple(a + b for a in letters[::4] for b in letters[::4])
-    for group_id in range(10):
-        engine.submit(lease(group_id, num_samples=2, max_new_tokens=40, stop=stop))
     for version in range(1, 5):
-        sampled_tokens(engine, 24)
+        for group_id in range(4 * version, 4 * version + 4):
+            engine.submit(lease(group_id, num_samples=2, max_new_tokens=40, stop=stop))
+        sampled_tokens(engine, 16)
         load(engine, version)
-    for sampled in collect(engine, 10).values():
+    finished = collect(engine, 16)
+    assert any(len(set(part)) > 1 for sampled in finished.values() for part in split(sampled, sampled.versions))
+    for sampled in finished.values():
         for ids, finish in zip(split(sampled, sampled.token_ids), sampled.finish, strict=True):
             text = tokenizers.decode(TOKENIZER, ids)
             found = any(string in text for string in stop)

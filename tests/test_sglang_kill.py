@@ -144,7 +144,7 @@ def kill(generator: Held, victim: str) -> None:
 def refuses(url: str) -> None:
     """Waits until nobody listens at `url`."""
     place, limit = urlsplit(url), time.monotonic() + WAIT_S
-    with suppress(ConnectionRefusedError):
+    with suppress(ConnectionRefusedError, ConnectionResetError):  # a reset: it is just closing
         while True:
             assert time.monotonic() < limit, f"{url} still answers"
             socket.create_connection((place.hostname, place.port), 1.0).close()  # type: ignore[arg-type]
