@@ -205,7 +205,7 @@ def speeds(device: str, work: Work, rounds: int) -> list[dict[str, Any]]:
         for name in peers
     ]
     active = rate("quarter", num_tokens / 4)
-    return [*rows, row(case, "active tokens/s", active, rate("ours"), "all active", GOALS[device, "active"])]
+    return [*rows, row(case, "active tokens/s", active, rate("ours"), "all active", GOALS.get((device, "active")))]
 
 
 def peak_bytes(name: str, num_tokens: int, width: int, device: str) -> int:
