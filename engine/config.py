@@ -8,13 +8,14 @@ tables merge key by key, lists and slots are replaced.
 # pyright: reportGeneralTypeIssues=false
 # (msgspec hands `frozen` down to subclasses; pyright wants each to repeat it.)
 
-import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
+
+from rewards.options import Misfit, convert
 
 
 class ConfigError(ValueError):
@@ -349,38 +350,11 @@ def _index(place: list[Any], key: str, dotted: str) -> int:
 def parse(table: dict[str, Any]) -> Config:
     """The checked configuration that a TOML table holds."""
     try:
-        config = msgspec.convert(table, Config)
-    except msgspec.ValidationError as error:
-        raise ConfigError(_explain(str(error), table)) from error
+        config = convert(table, Config)
+    except Misfit as error:
+        raise ConfigError(str(error)) from error
     check(config)
     return config
-
-
-def _explain(message: str, table: dict[str, Any]) -> str:
-    """msgspec's "... - at `$.run.steps`" as "run.steps = 'x': ...", with what is allowed."""
-    text, _, where = message.partition(" - at `$")
-    keys = re.findall(r"[^.`\[\]]+", where)
-    lacking = re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", text)
-    field = ".".join([*keys, *lacking.groups()[1:]] if lacking else keys)
-    kind, value = _find(Config, table, keys)
-    if lacking and lacking[1] == "missing required":
-        return f"{field}: is required"
-    if lacking:
-        return f"{field} = {value[lacking[2]]!r}: unknown; allowed are {', '.join(kind.__struct_fields__)}"
-    if get_origin(kind) is Literal:
-        return f"{field} = {value!r}: allowed are {', '.join(get_args(kind))}"
-    for theirs, ours in {"`object`": "a table", "`array`": "a list", "`": "'"}.items():  # in the words of TOML
-        text = text.replace(theirs, ours)
-    return f"{field} = {value!r}: {text}"
-
-
-def _find(kind: Any, value: Any, keys: list[str]) -> tuple[Any, Any]:
-    """The type and the value at `keys` below `kind` and `value`."""
-    for key in keys:
-        inside = isinstance(value, list)
-        kind = get_args(kind)[0] if inside else get_type_hints(kind, include_extras=True)[key]
-        value = value[int(key)] if inside else value[key]
-    return kind, value
 
 
 def check(config: Config) -> None:

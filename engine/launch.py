@@ -35,7 +35,7 @@ from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, answer_
 from engine.prompts import Prompts
 from engine.run_directory import RunDirectory, check_creatable, check_port, check_resumable, create, reopen
 from engine.schedule import Schedule
-from engine.scorer import check_rewards
+from engine.scorer import check_judgeable, check_rewards
 from engine.scores import shape_by
 from engine.stream import Silence
 from engine.weights import WeightsError
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
             check(config, place, arguments.resume, dry_run=arguments.dry_run)
     except ConfigError as error:
         if lead:
-            print(f"leeway: {error}", file=sys.stderr)
+            tell(error)
         return 2
     if arguments.dry_run:
         return 0
@@ -83,15 +83,20 @@ def main(argv: list[str]) -> int:
         run(config, place, stop, arguments.resume)
         return 0
     except ConfigError as error:
-        print(f"leeway: {error}", file=sys.stderr)
+        tell(error)
         return 2
     except (ProcessDied, Silence, Mismatch, NonFinite, WeightsError, dist.DistError) as error:
-        print(f"leeway: {error}", file=sys.stderr)
+        tell(error)
         return 1
     except Stopped as error:
         if lead:
-            print(f"leeway: {error}", file=sys.stderr)
+            tell(error)
         return 130
+
+
+def tell(error: Exception) -> None:
+    """One line, whatever others put into it."""
+    print(f"leeway: {' '.join(str(error).splitlines())}", file=sys.stderr)
 
 
 def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> None:
@@ -118,9 +123,11 @@ def check_method(config: Config, tokens: PreTrainedTokenizerBase) -> Prompts:
     for entry in Schedule(config).configs:
         compose(entry.algorithm)
         shape_by(entry.algorithm)
-    check_rewards(config)
+    rewards = check_rewards(config)
     check_tracking(config)
-    return Prompts(config, tokens)
+    prompts = Prompts(config, tokens)
+    check_judgeable(config, rewards, prompts)
+    return prompts
 
 
 def _build(config: Config, source: Model, tokens: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -16,6 +16,8 @@ import msgspec
 from engine import tokenizer as tokenizers
 from engine.config import Config, ConfigError, Domain
 from engine.schema import Prompt
+from rewards.columns import Wanted, lacking, wanted
+from rewards.spelling import suggestion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,10 +58,12 @@ class Mould:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", domain: Domain, context: int):
         self._tokenizer, self._domain, self._context = tokenizer, domain, context
+        self._wanted = wanted(domain.reward, domain.reward_options)
 
     def __call__(self, row: Row, index: int) -> Prompt:
-        """Raises `Unfit`, or `ValueError` for a row without prompt or answer or with a field that cannot travel."""
-        _check_row(row)
+        """Raises `Unfit`, or `ValueError` for a row without a prompt or a column that the reward wants, or with a field
+        that cannot travel."""
+        _check_row(row, self._wanted)
         text = tokenizers.render(self._tokenizer, row["prompt"], self._domain.template, self._domain.system)
         token_ids = tokenizers.encode(self._tokenizer, text)
         if not 0 < len(token_ids) < self._context:
@@ -70,15 +74,16 @@ class Mould:
             fields = msgspec.msgpack.decode(msgspec.msgpack.encode(fields))  # what the reward sees after the journey
         except (TypeError, OverflowError) as error:
             raise ValueError(f"a field cannot travel: {error}") from error
-        return Prompt(self._domain.name, index, token_ids, text, str(row["answer"]), fields)
+        answer = row.get("answer")
+        return Prompt(self._domain.name, index, token_ids, text, "" if answer is None else str(answer), fields)
 
 
-def _check_row(row: Row) -> None:
-    for column in ("prompt", "answer"):
-        if column not in row:
-            raise ValueError(f"no column {column!r}; there are {', '.join(map(repr, row))}")
-    prompt, answer = row["prompt"], row["answer"]
-    if not isinstance(answer, str | int | float):
+def _check_row(row: Row, columns: Wanted) -> None:
+    problem = "no column 'prompt'" if row.get("prompt") is None else lacking(row, columns)
+    if problem:
+        raise ValueError(f"{problem}; there are {', '.join(map(repr, row))}")
+    prompt, answer = row["prompt"], row.get("answer")
+    if not isinstance(answer, str | int | float | None):
         raise ValueError(f"answer = {answer!r}: must be text or a number")
     if isinstance(prompt, str):
         return
@@ -193,7 +198,8 @@ def open_task(field: str, domain: Domain, mould: Mould, seed: int) -> Source:
     from rewards.logic import entry, one_level
 
     if domain.task not in DATASETS:
-        raise ConfigError(f"{field}.task = {domain.task!r}: allowed are {', '.join(sorted(DATASETS))}")
+        near = suggestion(domain.task, DATASETS)
+        raise ConfigError(f"{field}.task = {domain.task!r}: unknown{near}; allowed are {', '.join(sorted(DATASETS))}")
     for key in ("seed", "size"):
         if key in domain.options:
             raise ConfigError(f"{field}.options.{key} = {domain.options[key]!r}: not allowed, run.seed decides")

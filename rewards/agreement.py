@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from rewards.options import Natural
 from rewards.verdict import Segment, Verdict, brief
 
 
-def agrees(prompt: str, completion: str, answer: str, *, parts: int = 0, **fields: Any) -> Verdict:
+def agrees(prompt: str, completion: str, answer: str, *, parts: Natural = 0, **fields: Any) -> Verdict:
     """The characters before the first that differs, by the length of the longer one; 1, and solved, where both are
     equal, white space around them left out.
 

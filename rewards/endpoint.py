@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import msgspec
 
+from rewards.options import Count, Natural, Positive, Unsigned
+
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})  # statuses after which the same request may succeed
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # before the second attempt, and before any
 
@@ -43,16 +45,14 @@ class Endpoint:
         url: str,
         model: str,
         key_env: str = "",
-        concurrency: int = 32,
-        retries: int = 5,
-        deadline_s: float = 120.0,
+        concurrency: Count = 32,
+        retries: Natural = 5,
+        deadline_s: Positive = 120.0,
         cache: str = "",
-        first_wait_s: float = FIRST_WAIT_S,
+        first_wait_s: Unsigned = FIRST_WAIT_S,
     ):
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url = {url!r}: must begin with http:// or https://")
-        if concurrency < 1 or retries < 0 or deadline_s <= 0:
-            raise ValueError("concurrency must be at least 1, retries at least 0, deadline_s above 0")
         self._url, self._model = url.rstrip("/") + "/chat/completions", model
         self._key_env, self._retries, self._deadline_s = key_env, retries, deadline_s
         self._first_wait_s = first_wait_s

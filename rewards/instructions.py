@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -23,9 +23,9 @@ Check = Callable[..., bool]  # (text, **arguments) -> whether the text keeps to 
 def follows(
     prompt: str,
     completion: str,
-    answer: str,
+    answer: str = "",
     *,
-    mode: str = "fraction",
+    mode: Literal["fraction", "all"] = "fraction",
     loose: bool = False,
     instruction_id_list: Any = (),
     kwargs: Any = (),
@@ -36,10 +36,8 @@ def follows(
     They are given as in IFEval, by the fields `instruction_id_list` and `kwargs` (one table each), or as JSON of these
     two, or of a list of them, in `answer`. Solved means all of them. `loose` tries the text also without its first
     line, its last line, both, and each without asterisks. An empty text keeps to none. Raises `ValueError` for an
-    unknown constraint, argument or mode.
+    unknown constraint or argument.
     """
-    if mode not in ("fraction", "all"):
-        raise ValueError(f"mode = {mode!r}: allowed are fraction, all")
     given = json.dumps([{"instruction_id": list(instruction_id_list), "kwargs": list(kwargs)}])
     constraints = read_constraints(given if instruction_id_list else answer)
     text = after_thinking(prompt, completion)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rewards.answer import after_thinking
 from rewards.endpoint import Endpoint, EndpointError, Reply
+from rewards.options import Count, Unsigned, fitted
 from rewards.verdict import Segment, Verdict, brief
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,11 +46,11 @@ class Judge:
         template: str = "",
         control: str = "",
         decoys: str = "",
-        max_tokens: int = 2048,
-        temperature: float = 0.0,
-        max_segments: int = 32,
-        price_in: float = 0.0,
-        price_out: float = 0.0,
+        max_tokens: Count = 2048,
+        temperature: Unsigned = 0.0,
+        max_segments: Count = 32,
+        price_in: Unsigned = 0.0,
+        price_out: Unsigned = 0.0,
         endpoint: dict[str, Any] | None = None,
     ):
         for name, value, allowed in (("unit", unit, UNITS), ("control", control, CONTROLS)):
@@ -62,7 +63,7 @@ class Judge:
         self._decoys = read_decoys(decoys) if decoys else []
         self._sampling = {"max_tokens": max_tokens, "temperature": temperature}
         self._prices = price_in * 1e-6, price_out * 1e-6
-        self._endpoint = Endpoint(url=url, model=model, **(endpoint or {}))
+        self._endpoint = Endpoint(url=url, model=model, **fitted(Endpoint, endpoint or {}, place="endpoint"))
 
     async def __call__(
         self, prompt: str, completion: str, answer: str, *, reference: str = "", problem: str = "", **fields: Any

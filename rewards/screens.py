@@ -7,7 +7,9 @@ from typing import Any
 
 from rewards.answer import boxed
 from rewards.ngrams import WORD, ngrams
+from rewards.options import fitted
 from rewards.rows import Row, read_rows, text_of
+from rewards.spelling import suggestion
 from rewards.table import load
 from rewards.verdict import Verdict
 
@@ -141,10 +143,11 @@ class Screened:
 def make(*, name: str = "", **options: Any) -> Screen:
     """Raises `ValueError` for a screen that does not exist, or options that it refuses."""
     if name not in SCREENS and ":" not in name:
-        allowed = [*SCREENS, "duplicates", "tests", "pass_rate"]
-        raise ValueError(f"unknown filter {name!r}: allowed are {', '.join(allowed)} or a path package.module:name")
+        names = [*SCREENS, "duplicates", "tests", "pass_rate"]
+        allowed = f"allowed are {', '.join(names)} or a path package.module:name"
+        raise ValueError(f"unknown filter {name!r}{suggestion(name, names)}: {allowed}")
     maker = SCREENS[name] if name in SCREENS else load(name)
     try:
-        return maker(**options)
+        return maker(**fitted(maker, options, whole=True))
     except (TypeError, ValueError, OSError, re.error) as error:
         raise ValueError(f"filter {name}: {error}") from error

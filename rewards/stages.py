@@ -14,6 +14,7 @@ import xxhash
 
 from rewards.endpoint import Endpoint
 from rewards.ngrams import WORD
+from rewards.options import Misfit, fitted
 from rewards.pool import Limits
 from rewards.rows import Judges, Row
 from rewards.screens import column_of
@@ -171,7 +172,7 @@ class Attempts:
         self._samples, self._sampling = samples, sampling
         self._ahead = max(1, 2 * generator.get("concurrency", 32) // samples)  # rows that are asked at once
         self._loop = asyncio.new_event_loop()
-        self._endpoint = Endpoint(**generator)
+        self._endpoint = Endpoint(**fitted(Endpoint, generator, place="generator", whole=True))
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
@@ -215,8 +216,8 @@ def build(filters: list[dict[str, Any]], workshop: Workshop) -> list[Stage]:
             options = {key: value for key, value in table.items() if key != "name"}
             maker = screens if screened else STAGES[table["name"]]
             try:
-                made.append(maker(workshop, **options))
-            except TypeError as error:
+                made.append(maker(workshop, **fitted(maker, options, whole=True)))
+            except Misfit as error:
                 raise ValueError(f"filter {table['name']}: {error}") from error
         workshop.earlier += [table.get("name", "") for table in tables] + ["unreadable"] * screened
     return made

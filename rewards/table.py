@@ -5,9 +5,12 @@ A reward lives where its path says, so that its module (and what that imports) l
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
+from rewards.options import Misfit, fitted
+from rewards.spelling import suggestion
 from rewards.verdict import Verdict
 
 Reward = Callable[..., Any]  # -> float | bool | Verdict, or an awaitable of one
@@ -16,7 +19,7 @@ TABLE = {
     "agreement": "rewards.agreement:agrees",
     "code": "rewards.code.reward:Code",
     "exact": "rewards.exact:exact",
-    "format": "rewards.format:matches",
+    "format": "rewards.format:form",
     "instructions": "rewards.instructions:follows",
     "judge": "rewards.judge:Judge",
     "math": "rewards.math:equals",
@@ -30,20 +33,24 @@ def resolve(name: str, options: dict[str, Any]) -> Reward:
     """The reward `name` with `options` bound, to be called as (prompt, completion, answer, **fields).
 
     What takes keyword-only parameters alone, a class for instance, makes a reward: it is called here, once, with the
-    options. Raises `ValueError` for an unknown name, and for an option that is no keyword-only parameter.
+    options. Raises `Misfit` for an option that is no keyword-only parameter, lacks or is not what its annotation says,
+    and `ValueError` for an unknown name.
     """
     if name not in TABLE and ":" not in name:
-        raise ValueError(f"unknown reward {name!r}: allowed are {', '.join(TABLE)} or a path package.module:name")
+        allowed = f"allowed are {', '.join(TABLE)} or a path package.module:name"
+        raise ValueError(f"unknown reward {name!r}{suggestion(name, TABLE)}: {allowed}")
     function = load(TABLE.get(name, name))
-    parameters = inspect.signature(function).parameters.values()
-    allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    makes = len(allowed) == len(parameters)
+    makes = makes_reward(function)
     if not makes:
-        _check_takes_fields(name, function)
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"reward {name} has no option {option!r}: allowed are {', '.join(allowed) or 'none'}")
-    return _make(name, function, options) if makes else _bind(function, options)
+        _check_takes_fields(function)
+    options = fitted(function, options, whole=makes)
+    return _make(function, options) if makes else _bind(function, options)
+
+
+def makes_reward(function: Callable[..., Any]) -> bool:
+    """Whether it takes options alone and gives a reward, rather than being one."""
+    parameters = inspect.signature(function).parameters.values()
+    return all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters)
 
 
 def waits(reward: Reward) -> bool:
@@ -51,12 +58,16 @@ def waits(reward: Reward) -> bool:
     return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
 
 
-def _make(name: str, maker: Callable[..., Any], options: dict[str, Any]) -> Reward:
+def _make(maker: Callable[..., Any], options: dict[str, Any]) -> Reward:
+    """Calls the maker; what it refuses and names first, "option = value: ...", is the option's `Misfit`."""
     try:
         reward = maker(**options)
-    except TypeError as error:
-        raise ValueError(f"reward {name}: {error}") from error
-    _check_takes_fields(name, reward)
+    except ValueError as error:
+        names = "|".join(inspect.signature(maker).parameters)
+        raise (Misfit if re.match(rf"({names})\b", str(error)) else ValueError)(str(error)) from error
+    except Exception as error:  # other people's code
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    _check_takes_fields(reward)
     return reward
 
 
@@ -72,10 +83,10 @@ def _bind(function: Callable[..., Any], options: dict[str, Any]) -> Reward:
     return waiting if inspect.iscoroutinefunction(function) else reward
 
 
-def _check_takes_fields(name: str, reward: Callable[..., Any]) -> None:
+def _check_takes_fields(reward: Callable[..., Any]) -> None:
     parameters = inspect.signature(reward).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        raise ValueError(f"reward {name} must take all fields: (prompt, completion, answer, **fields)")
+        raise ValueError("must take all fields: (prompt, completion, answer, **fields)")
 
 
 def load(path: str) -> Callable[..., Any]:
@@ -83,8 +94,9 @@ def load(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"cannot import {path!r} (package.module:name): {error}") from error
+    except Exception as error:  # other people's code
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot import {path!r} (package.module:name): {why}") from error
     if not callable(found):
         raise ValueError(f"{path!r} is a {type(found).__name__}, not a callable")
     return found

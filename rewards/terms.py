@@ -2,11 +2,12 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import msgspec
 
+from rewards.options import Finite, Misfit
 from rewards.table import Reward, resolve, waits
 from rewards.verdict import Segment, Verdict
 
@@ -17,24 +18,19 @@ class Term(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One reward of a sum, by a name of its own where the same reward stands twice."""
 
     reward: str
-    weight: float = 1.0
+    weight: Finite = 1.0
     options: dict[str, Any] = {}
     name: str = ""
 
 
-def weighted_sum(*, terms: list[dict[str, Any]], solved: Solved = "first") -> Reward:
-    """The reward sum_i weight_i score_i over `terms`, each a table like `Term`; their weighted scores are its parts.
+def weighted_sum(*, terms: list[Term], solved: Solved = "first") -> Reward:
+    """The reward sum_i weight_i score_i over `terms`; their weighted scores are its parts.
 
     The task counts as solved when the first term says so, or all of them. Where one term can give no verdict, there is
-    none. Raises `ValueError` for terms that are none.
+    none. Raises `Misfit` for a term that cannot judge.
     """
-    if solved not in get_args(Solved):
-        raise ValueError(f"solved = {solved!r}: allowed are {', '.join(get_args(Solved))}")
-    try:
-        named = _named(msgspec.convert(terms, list[Term]))
-    except msgspec.ValidationError as error:
-        raise ValueError(f"terms: {error}") from error
-    rewards = [resolve(term.reward, term.options) for term in named.values()]
+    named = _named(terms)
+    rewards = [_resolved(number, term) for number, term in enumerate(terms)]
 
     def judge(prompt: str, completion: str, answer: str, **fields: Any) -> Verdict:
         return combine(named, [Verdict.of(reward(prompt, completion, answer, **fields)) for reward in rewards], solved)
@@ -51,8 +47,26 @@ def weighted_sum(*, terms: list[dict[str, Any]], solved: Solved = "first") -> Re
 def _named(terms: list[Term]) -> dict[str, Term]:
     names = Counter(term.name or term.reward for term in terms)
     if not terms or max(names.values()) > 1:
-        raise ValueError(f"terms: at least one is needed, and no name twice; there are {', '.join(names) or 'none'}")
+        raise Misfit(f"terms: at least one is needed, and no name twice; there are {', '.join(names) or 'none'}")
     return {term.name or term.reward: term for term in terms}
+
+
+def _resolved(number: int, term: Term) -> Reward:
+    try:
+        return resolve(term.reward, term.options)
+    except Misfit as error:
+        raise Misfit(f"terms.{number}.options.{error}") from error
+    except ValueError as error:
+        raise Misfit(f"terms.{number}.reward = {term.reward!r}: {error}") from error
+
+
+def parts(reward: str, options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rewards that judge where `reward` does, with their options: the terms of a sum, or itself."""
+    if reward != "sum":
+        yield reward, options
+        return
+    for term in msgspec.convert(options["terms"], list[Term]):
+        yield from parts(term.reward, term.options)
 
 
 def combine(terms: dict[str, Term], verdicts: list[Verdict], solved: Solved) -> Verdict:

@@ -1,6 +1,8 @@
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +29,24 @@ def warm() -> Iterator[list[str]]:
 
     with warmed() as overrides:
         yield overrides
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where a launch within the test would make its run; its signal handlers and switches do not outlive the test."""
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path / "runs"
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def refusal(root: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A function: the line with which a launch with these arguments ends."""
+    from refused import refused
+
+    return lambda *arguments, **options: refused(root, capsys, arguments, **options)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,13 +3,13 @@ is made."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from refused import SMALL, check
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from engine import launch, ledger, tokenizer
@@ -17,38 +17,7 @@ from engine.config import load
 from engine.run_directory import create
 
 TESTS = Path(__file__).resolve().parent
-SMALL = TESTS / "small.toml"
 FILE = ("--domains.0.source=file", "--domains.0.reward=exact")
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where a run would be made. The launcher's signal handlers and switches do not outlive the test."""
-    monkeypatch.setattr(launch.torch, "set_num_threads", lambda number: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path / "runs"
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def refusal(root: Path, capsys: pytest.CaptureFixture[str]):
-    """A function: the line with which a launch with these arguments ends."""
-
-    def line(*arguments: str, config: Path = SMALL) -> str:
-        before = sorted(root.rglob("*"))
-        capsys.readouterr()
-        assert launch.main([str(config), f"--run.root={root}", *arguments]) == 2
-        return check(capsys.readouterr().err, root, before)
-
-    return line
-
-
-def check(errors: str, root: Path, before: list[Path]) -> str:
-    """`errors` as the one line that it must be, with nothing made below `root`."""
-    assert errors.startswith("leeway: ") and errors.endswith("\n") and errors.count("\n") == 1, errors
-    assert sorted(root.rglob("*")) == before
-    return errors.removeprefix("leeway: ").rstrip()
 
 
 def rows(path: Path, *rows: dict) -> Path:
@@ -128,8 +97,8 @@ def test_data_without_a_column(refusal, tmp_path: Path, column: str) -> None:
     del row[column]
     path = rows(tmp_path / "a.jsonl", row)
     line = refusal(*FILE, f"--domains.0.path={path}")
-    assert line.startswith(f"domains.0.path = '{path}': row 1: no column '{column}'; there are ")
-    assert "'hint'" in line
+    assert line.startswith(f"domains.0.path = '{path}': row 1: no column '{column}'")
+    assert line.endswith("; there are " + ", ".join(map(repr, row)))
 
 
 def test_data_without_rows(refusal, tmp_path: Path) -> None:
@@ -161,9 +130,9 @@ def test_more_held_out_prompts_than_there_are(refusal) -> None:
     [
         ("--domains.0.reward=exactly", ["domains.0.reward = 'exactly'", "exact, format, instructions", "path"]),
         ("--domains.0.reward=small_task:prize", ["domains.0.reward = 'small_task:prize'", "no attribute 'prize'"]),
-        ("--domains.1.reward_options={ x = 1 }", ["domains.1.reward = 'exact'", "no option 'x'", "allowed are"]),
         ("--domains.0.task=nowhere:draw", ["domains.0.task = 'nowhere:draw'", "package.module:name"]),
-        ("--domains.1.task=spell", ["domains.1.task = 'spell'", "allowed are", "spell_backward"]),
+        ("--domains.1.task=spell", ["domains.1.task = 'spell'", "allowed are ab"]),
+        ("--domains.1.task=spell_backwards", ["(did you mean spell_backward?)"]),
         ("--domains.1.options={ size = 3 }", ["domains.1.options.size = 3", "not allowed"]),
         ("--domains.1.options={ lenght = 3 }", ["domains.1.options = {'lenght': 3}", "unexpected keyword"]),
         ("--domains.1.question={wrod}=", ["domains.1.question = '{wrod}='", "'wrod'"]),

@@ -372,8 +372,9 @@ def test_values_are_compared(given, expected, tolerance, right):
         ({"grade": "some"}, "allowed are all, fraction"),
         ({"compare": "no"}, "allowed are lines, words, exact"),
         ({"sandbox": "none"}, "allowed are bubblewrap, unsafe"),
-        ({"checker": "nowhere:f"}, "cannot import"),
-        ({"times": 3}, "no option 'times'"),
+        ({"checker": "nowhere:f"}, "^checker = 'nowhere:f': cannot import"),
+        ({"time_s": 0}, "^time_s = 0: Expected 'float' > 0"),
+        ({"times": 3}, "^times = 3: no such option"),
     ],
 )
 def test_options_are_checked(options, message):

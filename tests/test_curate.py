@@ -252,7 +252,7 @@ def test_tests_of_programs_are_tried_on_right_and_wrong_solutions(tmp_path):
     ("recipe", "message"),
     [
         ("filters = 3", "must hold"),
-        ("[[filters]]\nname = 'lenght'", "unknown filter 'lenght': allowed are length, answer"),
+        ("[[filters]]\nname = 'lenght'", r"unknown filter 'lenght' \(did you mean length\?\): allowed are length"),
         ("[[filters]]\nname = 'length'\nleest = 3", "filter length: .*leest"),
         ("[[filters]]\nname = 'duplicates'\ncolum = 'x'", "filter duplicates: .*colum"),
         ("[[filters]]\nname = 'overlap'\nagainst = ['nowhere.jsonl']", "filter overlap: .*nowhere.jsonl"),

@@ -288,9 +288,9 @@ def test_slots_are_filled_at_once():
         ({"control": "wrong_reference"}, "decoys = '': needed"),
         ({"template": "nowhere"}, "template = 'nowhere': allowed are code, outcome, prefix, segment or a path"),
         ({"url": "localhost"}, "url = 'localhost'"),
-        ({"endpoint": {"concurrency": 0}}, "concurrency"),
-        ({"endpoint": {"tries": 1}}, "tries"),
-        ({"modell": "x"}, "no option 'modell'"),
+        ({"endpoint": {"concurrency": 0}}, "^endpoint.concurrency = 0: Expected 'int' >= 1$"),
+        ({"endpoint": {"tries": 1}}, r"^endpoint.tries = 1: no such option \(did you mean retries\?\); allowed are"),
+        ({"modell": "x"}, r"^modell = 'x': no such option \(did you mean model\?\)"),
     ],
 )
 def test_wrong_options_are_named_at_once(options, message):

@@ -261,7 +261,7 @@ def test_a_line_that_is_no_object_is_named(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "chain_summ"}, "domains.0.task = 'chain_summ': allowed are ab, acre"),
+        ({"task": "chain_summ"}, "domains.0.task = 'chain_summ': unknown (did you mean chain_sum?); allowed are"),
         ({"options": {"min_term": 2}}, "unexpected keyword argument 'min_term'"),
         ({"options": {"min_terms": 5, "max_terms": 2}}, "max_terms must be >= min_terms"),
         ({"options": {"seed": 3}}, "domains.0.options.seed = 3: not allowed"),

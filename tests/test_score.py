@@ -62,7 +62,7 @@ def test_files_are_judged_in_order_and_summed_up(tmp_path):
     ("reward", "options", "row", "message"),
     [
         ("exakt", "{}", {"completion": "x"}, "unknown reward 'exakt'"),
-        ("exact", '{"strip": 1}', {"completion": "x"}, "no option 'strip'"),
+        ("exact", '{"strip": 1}', {"completion": "x"}, "strip = 1: no such option"),
         ("exact", "[]", {"completion": "x"}, "a table is needed"),
         ("exact", "{}", {"text": "x"}, "needs `completion` or `completions`"),
         ("exact", "missing.toml", {"completion": "x"}, "No such file"),

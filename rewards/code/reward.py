@@ -46,14 +46,17 @@ class Code(Rules, kw_only=True, frozen=True):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} = {value!r}: allowed are {', '.join(allowed)}")
         if self.checker:
-            load(self.checker)
+            try:
+                load(self.checker)
+            except ValueError as error:
+                raise ValueError(f"checker = {self.checker!r}: {error}") from error
         if self.language in COMPILERS and shutil.which(compiler := COMPILERS[self.language][0]) is None:
             raise ValueError(f"language = {self.language!r}: there is no {compiler} here (apt install {compiler})")
         with closing(Sandbox(self.sandbox)) as probe:
             try:
                 probe.check()
             except SandboxError as error:
-                raise ValueError(str(error)) from error
+                raise ValueError(f"sandbox = {self.sandbox!r}: {error}") from error
 
     def __call__(self, prompt: str, completion: str, answer: str, **fields: Any) -> Verdict:
         """Raises `ValueError` for tests that cannot be read or run."""

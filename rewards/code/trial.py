@@ -11,6 +11,7 @@ import msgspec
 
 from rewards.code import comparison
 from rewards.code.formats import Case, Problem
+from rewards.options import Count, Positive, Unsigned
 from rewards.sandbox import values
 from rewards.sandbox.files import content, opened, sealed, sink
 from rewards.sandbox.limits import COMPILER, MIB, Limits
@@ -31,10 +32,10 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
     language: str = "python"
     compare: str = "lines"
-    tolerance: float = 0.0
-    time_s: float = 4.0
-    total_s: float = 8.0
-    memory_mib: int = 1024
+    tolerance: Unsigned = 0.0
+    time_s: Positive = 4.0
+    total_s: Positive = 8.0
+    memory_mib: Count = 1024
     sandbox: str = "bubblewrap"
 
     def limits(self, left_s: float) -> Limits:
