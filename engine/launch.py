@@ -111,11 +111,12 @@ def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> 
         stages.check_resumable(Path(resume), config)
     else:
         check_resumable(Path(resume), config)
-    prompts = [check_method(stage, tokens) for stage in stages.configs(config)]
+    runs = stages.configs(config)
+    prompts = [check_method(each, tokens) for each in runs]
     if dry_run:
         policy = _build(config, config.model, tokens)
-        for stage, its_prompts in zip(stages.configs(config), prompts, strict=True):
-            print(plan.describe(stage, place, policy, its_prompts), end="\n\n" if config.stages else "\n")
+        plans = [plan.describe(each, place, policy, its) for each, its in zip(runs, prompts, strict=True)]
+        print("\n\n".join([plan.overview(runs), *plans] if config.stages else plans))
 
 
 def check_method(config: Config, tokens: PreTrainedTokenizerBase) -> Prompts:

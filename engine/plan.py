@@ -16,8 +16,14 @@ from engine.prompts import Prompts
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
+def overview(stages: list[Config]) -> str:
+    """The stages of a job in one line."""
+    steps = ", ".join(f"{Path(stage.run.directory).name} {stage.run.steps:,}" for stage in stages)
+    return f"{len(stages)} stages, each from the weights of the one before; steps: {steps}"
+
+
 def describe(config: Config, seat: Seat, policy: PreTrainedModel, prompts: Prompts) -> str:
-    """The plan as lines of text."""
+    """The plan of a run, or of a stage, as lines of text."""
     run, parameters = config.run, sum(tensor.numel() for _, tensor in named_tensors(policy))
     generators = seat.world_size - seat.num_learners or config.generator.local
     completions = run.groups_per_step * run.group_size
@@ -30,6 +36,7 @@ def describe(config: Config, seat: Seat, policy: PreTrainedModel, prompts: Promp
         "roles": f"{seat.num_learners} learner rank(s), {generators} generator(s) of {config.generator.slots} slots",
         "model": f"{name}: {parameters:,} parameters, {type(policy).__name__}, context {config.model.context}",
         "domains": f"{domains}, {mixture}; {len(prompts.held_out())} held-out prompts x {config.evaluation.samples}",
+        "rewards": ", ".join(f"{domain.name} by {domain.reward}" for domain in config.domains),
         "drawn": _drawn(config),
         "answers": f"at most {config.generator.max_new_tokens:,} tokens, {_temperature(config)}",
         "method": _method(config.algorithm),

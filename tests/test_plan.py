@@ -7,10 +7,11 @@ import learning
 import pytest
 from transformers import PreTrainedModel
 
+from engine import stages
 from engine.config import Config
 from engine.model import build
 from engine.placement import Seat, seat
-from engine.plan import describe, memory
+from engine.plan import describe, memory, overview
 
 # Qwen3 shape: hidden 16, 2 layers, 2 heads of 8, 1 key-value head, feed-forward 24, vocabulary 11, tied.
 # A layer: q 16x16, k and v 16x8 each, o 16x16, norms of q and k 8 each, feed-forward 3 x 16x24, two norms of 16.
@@ -35,9 +36,16 @@ def test_numbers_of_the_plan() -> None:
     assert plan["roles"] == "1 learner rank(s), 1 generator(s) of 5 slots"
     assert plan["model"] == f"made here: {PARAMETERS:,} parameters, Qwen3ForCausalLM, context 32"
     assert plan["domains"] == "d 1, static; 6 held-out prompts x 4"
+    assert plan["rewards"] == "d by exact"
     assert plan["a step"] == "2 groups x 4 = 8 completions, at most 64 answer tokens, 2 update(s)"
     assert plan["steps"] == "10, 20 groups"
     assert plan["tickets"] == "(max_staleness 3 + 1) x 2 = 8 groups at once"
+
+
+def test_stages_are_told_in_one_line() -> None:
+    two = "stages=[{ name = 'short', run = { steps = 3000 } }, { name = 'long' }]"
+    line = overview(stages.configs(learning.configure(two)))
+    assert line == "2 stages, each from the weights of the one before; steps: 1-short 3,000, 2-long 10"
 
 
 def test_the_method_is_told_without_what_does_nothing() -> None:

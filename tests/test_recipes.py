@@ -54,15 +54,19 @@ def test_a_recipe_is_checked_and_tells_its_plan(name, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     write_inputs(config)
     assert launch.main([str(CONFIGS / f"{name}.toml"), "--dry-run"]) == 0, capsys.readouterr().err
-    plan = capsys.readouterr().out
-    plans = [text for text in plan.split("\n\n") if text]
+    told = capsys.readouterr().out.rstrip("\n").split("\n\n")
+    runs = stages.configs(config)
+    if config.stages:
+        head = told.pop(0)
+        assert head.startswith(f"{len(runs)} stages") and all(stage["name"] in head for stage in config.stages)
     models = [config.model.path, *(f"{number}-{stage['name']}/export" for number, stage in enumerate(config.stages, 1))]
-    for stage, text, model in zip(stages.configs(config), plans, models[: len(plans)], strict=True):
+    for stage, text, model in zip(runs, told, models[: len(runs)], strict=True):
         assert f"{model}: " in text
         assert f"at most {stage.generator.max_new_tokens:,} tokens, temperature {stage.generator.temperature:g}" in text
         num_groups, size = stage.run.groups_per_step, stage.run.group_size
         assert f"{num_groups} groups x {size} = {num_groups * size} completions" in text
         assert f"{stage.learner.updates_per_step} update(s)" in text
+        assert all(f"{domain.name} by {domain.reward}" in text for domain in stage.domains)
 
 
 @pytest.mark.parametrize("name", RECIPES)
