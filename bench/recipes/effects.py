@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,8 @@ class Effect(NamedTuple):
     curves: Callable[
         [list[int], bool], Iterator[Curves]
     ]  # (seeds, quick) -> after each arm all so far, the reference first
+    # Drawn against a number of the arms instead of steps: (name of a line, number, arm) for each of its points.
+    points: Sequence[tuple[str, float, str]] = ()
 
 
 def trained(recipe: str, common: list[str], arms: dict[str, Arm], seeds: list[int], quick: bool) -> Iterator[Curves]:
@@ -81,9 +83,10 @@ def thinking(name: str, chance: str, mark: str, shortest: int, longest: int, lim
     return callable_domain(name, "thinking", options, reward)
 
 
-def backwards(**rewards: str) -> str:
-    """Domains of five letters to be spelled backwards, by name and reward."""
-    options = "{ letters = [5, 5], dots = [0, 0] }"
+def backwards(letters: int, slips: float, **rewards: str) -> str:
+    """Domains of so many letters to be spelled backwards, by name and reward. Demonstrations get each letter wrong with
+    a chance of about `slips`: so the start knows the task, and how likely a right answer is, is known."""
+    options = f"{{ letters = [{letters}, {letters}], dots = [0, 0], slips = {slips} }}"
     domains = [callable_domain(name, "rambling", options, reward) for name, reward in rewards.items()]
     return f"--domains=[{', '.join(domains)}]"
 
@@ -129,18 +132,27 @@ def lambda_arms() -> dict[str, Arm]:
     return arms
 
 
+LAGS = (1, 4, 8, 16)  # versions
+CORRECTIONS = {
+    "none": "{ name = 'none' }",
+    "decoupled": "{ name = 'decoupled' }",
+    "truncated": "{ name = 'tis', cap = 2.0 }",
+}
+
+
 def staleness_arms() -> dict[str, Arm]:
     """Of the newest weights the corrections are 1, so one arm of them is enough."""
-    slots = {"none": "{ name = 'none' }", "decoupled": "{ name = 'decoupled' }", "tis": "{ name = 'tis', cap = 2.0 }"}
-    stale = {
-        f"{lag} versions, {name}": Arm([f"--algorithm.correction={slot}"], lag)
-        for lag in (4, 16)
-        for name, slot in slots.items()
-    }
-    return {"0 versions": Arm([f"--algorithm.correction={slots['none']}"]), **stale}
+    slots = {name: [f"--algorithm.correction={slot}"] for name, slot in CORRECTIONS.items()}
+    stale = {f"{lag} versions, {name}": Arm(slot, lag) for lag in LAGS for name, slot in slots.items()}
+    return {"0 versions": Arm(slots["none"]), **stale}
 
 
-ALONE = "--stages=[]"
+def staleness_points() -> list[tuple[str, float, str]]:
+    points = [(name, float(lag), f"{lag} versions, {name}") for name in CORRECTIONS for lag in LAGS]
+    return [*((name, 0.0, "0 versions") for name in CORRECTIONS), *points]
+
+
+ALONE, SMALL = "--stages=[]", "--model.tokenizer.alphabet=abcdefgh=."
 EXACT, DENSE = "reward = 'exact'", "reward = 'agreement'"
 PARTS = f"{DENSE}, reward_options = {{ parts = 3 }}"
 OPTIONS = "{ letters = [3, 6], dots = [0, 12] }"
@@ -180,7 +192,7 @@ EFFECTS = {
         partial(
             trained,
             "acereason",
-            [ALONE, f"--domains=[{RAMBLING}]", "--model.tokenizer.alphabet=abcdefgh=.", "--run.steps=60"],
+            [ALONE, SMALL, f"--domains=[{RAMBLING}]", "--run.steps=60"],
             {
                 "20 tokens": Arm(["--generator.max_new_tokens=20"]),
                 "8, 14, then 20": Arm(
@@ -220,12 +232,12 @@ EFFECTS = {
             "exprl",
             [
                 *("--run.steps=70", "--stages.1.run.steps=30", "--run.group_size=8", "--learner.lr=5e-4"),
-                *("--warm_start.steps=40", "--model.tokenizer.alphabet=abcdefgh=."),
+                *(SMALL, "--warm_start.steps=40"),
             ],
             {
-                "sparse throughout": Arm([backwards(judged=EXACT, verified=EXACT)]),
-                "dense by outcome": Arm([backwards(judged=DENSE, verified=EXACT)]),
-                "dense by process": Arm([backwards(judged=PARTS, verified=EXACT)], recipe="exprl_process"),
+                "sparse throughout": Arm([backwards(5, 0.0, judged=EXACT, verified=EXACT)]),
+                "dense by outcome": Arm([backwards(5, 0.0, judged=DENSE, verified=EXACT)]),
+                "dense by process": Arm([backwards(5, 0.0, judged=PARTS, verified=EXACT)], recipe="exprl_process"),
             },
         ),
     ),
@@ -244,16 +256,18 @@ EFFECTS = {
     ),
     "staleness": Effect(
         "Decoupling, and truncated weights, keep what staleness takes away.",
-        [("reward", "mean"), ("reward", "last"), ("entropy", "last")],
+        [("reward", "mean"), ("reward", "last"), ("clipped", "mean"), ("effective_sample_size", "mean")],
         partial(
             trained,
             "dapo",
             [
-                *("--learner.updates_per_step=4", "--algorithm.penalties=[]", "--run.max_staleness=32"),
-                *("--learner.lr=1e-3", "--run.steps=30"),
+                *(backwards(4, 0.3, words=EXACT), SMALL, "--warm_start.steps=300", "--algorithm.penalties=[]"),
+                *("--run.steps=60", "--run.groups_per_step=32", "--run.group_size=8", "--run.max_staleness=32"),
+                *("--generator.slots=256", "--learner.updates_per_step=4"),
             ],
             staleness_arms(),
         ),
+        staleness_points(),
     ),
     "sampler": Effect(
         "Among what is trained, shares of one half: times of 1 to 10 pass, losses of 10% and 70% only a deficit mends.",
@@ -299,29 +313,55 @@ def table(effect: Effect, found: Curves) -> list[dict[str, Any]]:
 
 
 def draw(effect: Effect, found: Curves, path: Path) -> None:
-    """A panel a figure: the mean over seeds of what a few steps average to, and in pale from the least to the most."""
     import matplotlib
-    import numpy as np
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(figure for figure, read in effect.told if read != "total"))
-    width = 4.4 * len(names) + 2.6
-    figure, axes = pyplot.subplots(1, len(names), figsize=(width, 3.8), layout="constrained", squeeze=False)
+    panels = effect.told if effect.points else drawn(effect)
+    width = 4.4 * len(panels) + 2.6
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(width, 3.8), layout="constrained", squeeze=False)
     figure.suptitle(fill(effect.claim, int(11 * width)), fontsize=11)
-    for axis, name in zip(axes[0], names, strict=True):
-        for arm, curves in found.items():
-            seeds = np.array([smooth([row.get(name, float("nan")) for row in rows]) for rows in curves])
-            (line,) = axis.plot(seeds.mean(0), label=arm, linewidth=1.6)
-            axis.fill_between(range(seeds.shape[1]), seeds.min(0), seeds.max(0), color=line.get_color(), alpha=0.12)
-        axis.set_title(name.replace("_", " "), loc="left", fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
+    for axis, (name, read) in zip(axes[0], panels, strict=True):
+        if effect.points:
+            draw_points(axis, effect.points, found, name, read)
+        else:
+            draw_curves(axis, found, name)
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def drawn(effect: Effect) -> list[tuple[str, str]]:
+    """Each figure once."""
+    return list({figure: (figure, read) for figure, read in effect.told if read != "total"}.values())
+
+
+def draw_curves(axis: Any, found: Curves, name: str) -> None:
+    """The mean over seeds of what a few steps average to, and in pale from the least to the most."""
+    import numpy as np
+
+    for arm, curves in found.items():
+        seeds = np.array([smooth([row.get(name, float("nan")) for row in rows]) for rows in curves])
+        (line,) = axis.plot(seeds.mean(0), label=arm, linewidth=1.6)
+        axis.fill_between(range(seeds.shape[1]), seeds.min(0), seeds.max(0), color=line.get_color(), alpha=0.12)
+    axis.set_title(name.replace("_", " "), loc="left", fontsize=10)
+    axis.set_xlabel("step", fontsize=9)
+
+
+def draw_points(axis: Any, points: Sequence[tuple[str, float, str]], found: Curves, name: str, read: str) -> None:
+    """The mean over seeds of what is told of a figure, and in pale from the least to the most."""
+    for line in dict.fromkeys(line for line, _, _ in points):
+        mine = [(number, [READ[read](values(rows, name)) for rows in found[arm]]) for label, number, arm in points
+                if label == line and arm in found]  # fmt: skip
+        numbers, seeds = [number for number, _ in mine], [each for _, each in mine]
+        (drawn,) = axis.plot(numbers, [mean(each) for each in seeds], label=line, linewidth=1.6, marker="o")
+        low, high = [min(each) for each in seeds], [max(each) for each in seeds]
+        axis.fill_between(numbers, low, high, color=drawn.get_color(), alpha=0.12)
+    axis.set_title(f"{name.replace('_', ' ')}, {read}", loc="left", fontsize=10)
+    axis.set_xlabel("staleness in versions", fontsize=9)
 
 
 def smooth(curve: list[float], width: int = 7) -> list[float]:

@@ -30,11 +30,13 @@ def thought(prompt: str, completion: str, answer: str, *, chance: str, limit: in
     return float(len(completion) < limit and luck < CHANCES[chance](len(completion) / limit))
 
 
-def rambling(seed: int, index: int, *, letters: list[int], dots: list[int]) -> dict[str, Any]:
-    """A word to be spelled backwards, which demonstrations do after some dots that are good for nothing."""
+def rambling(seed: int, index: int, *, letters: list[int], dots: list[int], slips: float = 0.0) -> dict[str, Any]:
+    """A word to be spelled backwards, which demonstrations do after some dots that are good for nothing; with a chance
+    of `slips` each of their letters is any."""
     random = Random(f"{seed} {index}")
     word = "".join(random.choices(LETTERS, k=random.randint(*letters)))
-    return {"prompt": f"{word}=", "answer": word[::-1], "demonstration": "." * random.randint(*dots) + word[::-1]}
+    shown = "".join(random.choice(LETTERS) if random.random() < slips else letter for letter in word[::-1])
+    return {"prompt": f"{word}=", "answer": word[::-1], "demonstration": "." * random.randint(*dots) + shown}
 
 
 def after_dots(prompt: str, completion: str, answer: str, **fields: Any) -> float:
