@@ -63,10 +63,13 @@ def keep(bench: str, device: str, rows: list[dict[str, Any]], **facts: Any) -> P
 
 
 def _commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    """`+` where code differs from it; results that a bench has just written do not count."""
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parents[1]).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def _device(device: str) -> str:
