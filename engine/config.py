@@ -64,6 +64,8 @@ class Model(Struct, kw_only=True):
     dtype: Literal["float32", "float64"] = "float32"  # of the parameters that the optimiser sees
     fp32_head: bool = False  # the head in float32 even where generator or learner compute in bfloat16
     context: Count  # the longest sequence, prompt and answer together, in tokens
+    chat_template: str = ""  # Jinja, or a file of it, instead of the tokenizer's own
+    chat_template_kwargs: dict[str, Any] = {}  # its variables: { enable_thinking = false }
 
 
 class WarmStart(Struct):
@@ -85,7 +87,7 @@ class Domain(Struct, kw_only=True):
     eval_path: str = ""  # file: held-out data; empty: the split is made by prompt hash
     options: dict[str, Any] = {}  # of the task or the callable; any task: level = 2 or [0, 4] of its curriculum
     question: str = ""  # reasoning_gym: words the task by the item's metadata, "{word}="; empty: by its own question
-    template: str = "{prompt}"  # applied to text prompts, not to chat messages
+    template: str = "{prompt}"  # what text prompts, not chat messages, are put into; or a file that holds it
     system: str = ""  # a system message, where the tokenizer has a chat template
     weight: Positive = 1.0
     reward: str = "exact"  # a name of rewards.TABLE or an import path
@@ -353,8 +355,35 @@ def parse(table: dict[str, Any]) -> Config:
         config = convert(table, Config)
     except Misfit as error:
         raise ConfigError(str(error)) from error
+    config = with_templates(config)
     check(config)
     return config
+
+
+def with_templates(config: Config) -> Config:
+    """`config` with the text of each template whose file it names, so that it needs no file but those of the data."""
+    domains = [
+        msgspec.structs.replace(domain, template=_text(f"domains.{number}.template", domain.template, ("{prompt}",)))
+        for number, domain in enumerate(config.domains)
+    ]
+    chat = config.model.chat_template and _text("model.chat_template", config.model.chat_template, ("{{", "{%"))
+    return msgspec.structs.replace(
+        config, domains=domains, model=msgspec.structs.replace(config.model, chat_template=chat)
+    )
+
+
+def _text(field: str, template: str, marks: tuple[str, ...]) -> str:
+    """`template` where one of `marks` is in it, else the text of the file that it names, in which one must be."""
+    if any(mark in template for mark in marks):
+        return template
+    allowed = f"must hold {' or '.join(marks)}, or name a file that does"
+    try:
+        text = Path(template).expanduser().read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{field} = {template!r}: {allowed}: {getattr(error, 'strerror', error)}") from error
+    if not any(mark in text for mark in marks):
+        raise ConfigError(f"{field} = {template!r}: {allowed}")
+    return text
 
 
 def check(config: Config) -> None:

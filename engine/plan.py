@@ -13,6 +13,7 @@ from engine.placement import Seat
 from engine.policy import manifest_of, named_tensors
 from engine.prompts import Prompts
 
+SHOWN = 80  # characters of a prompt, at either end
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
@@ -48,6 +49,8 @@ def describe(config: Config, seat: Seat, policy: PreTrainedModel, prompts: Promp
         f"{(run.max_staleness + 1) * run.groups_per_step} groups at once",
         "memory": ", ".join(f"{role} {size / 2**20:,.0f} MiB" for role, size in memory(config, seat, policy).items()),
     }
+    for domain in config.domains:
+        rows[f"a prompt of {domain.name}"] = _shortened(repr(prompts.prompt(domain.name, 0).text))
     if compose(config.algorithm).needs_critic:
         begins = "a head on the policy" if config.critic.shared else f"begins as {config.critic.path or 'the policy'}"
         rows["critic"] = f"{begins}, {config.critic.pretrain_steps} steps alone, rate {_rate(config.critic)}"
@@ -55,6 +58,11 @@ def describe(config: Config, seat: Seat, policy: PreTrainedModel, prompts: Promp
         rows[f"from step {entry['step']}"] = ", ".join(_changes(entry))
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def _shortened(text: str) -> str:
+    """Beginning and end, where the instructions are."""
+    return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}"
 
 
 def _drawn(config: Config) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from engine import tokenizer as tokenizers
-from engine.config import Config, ConfigError, Domain
+from engine.config import Config, ConfigError, Domain, Model
 from engine.schema import Prompt
 from rewards.columns import Wanted, lacking, wanted
 from rewards.spelling import suggestion
@@ -56,18 +56,19 @@ class Source(Protocol):
 class Mould:
     """Turns the rows of one domain into prompts."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", domain: Domain, context: int):
-        self._tokenizer, self._domain, self._context = tokenizer, domain, context
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", domain: Domain, model: Model):
+        self._tokenizer, self._domain, self._model = tokenizer, domain, model
         self._wanted = wanted(domain.reward, domain.reward_options)
 
     def __call__(self, row: Row, index: int) -> Prompt:
         """Raises `Unfit`, or `ValueError` for a row without a prompt or a column that the reward wants, or with a field
         that cannot travel."""
         _check_row(row, self._wanted)
-        text = tokenizers.render(self._tokenizer, row["prompt"], self._domain.template, self._domain.system)
+        domain, variables = self._domain, self._model.chat_template_kwargs
+        text = tokenizers.render(self._tokenizer, row["prompt"], domain.template, domain.system, variables)
         token_ids = tokenizers.encode(self._tokenizer, text)
-        if not 0 < len(token_ids) < self._context:
-            longest = f"model.context - 1 = {self._context - 1}"
+        if not 0 < len(token_ids) < self._model.context:
+            longest = f"model.context - 1 = {self._model.context - 1}"
             raise Unfit(f"the prompt has {len(token_ids)} tokens; allowed are 1 to {longest}")
         try:
             fields = {key: row[key] for key in row if key not in ("prompt", "answer", "domain")}
@@ -75,7 +76,7 @@ class Mould:
         except (TypeError, OverflowError) as error:
             raise ValueError(f"a field cannot travel: {error}") from error
         answer = row.get("answer")
-        return Prompt(self._domain.name, index, token_ids, text, "" if answer is None else str(answer), fields)
+        return Prompt(domain.name, index, token_ids, text, "" if answer is None else str(answer), fields)
 
 
 def _check_row(row: Row, columns: Wanted) -> None:
@@ -176,7 +177,7 @@ class Generated:
 def open_source(config: Config, number: int, tokenizer: "PreTrainedTokenizerBase") -> Source:
     """The source of `domains.number`. Raises `ConfigError` for data that is missing, empty or unusable."""
     domain, columns = config.domains[number], config.curriculum.columns
-    mould = Mould(tokenizer, domain, config.model.context)
+    mould = Mould(tokenizer, domain, config.model)
     seed = derive(config.run.seed, domain.name)
     if domain.source == "file":
         return open_file(f"domains.{number}", domain, mould, seed, columns)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from engine.config import ConfigError, Model, Tokenizer
+from rewards.spelling import suggestion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,12 +26,25 @@ Prompt = str | list[dict[str, Any]]  # text, or chat messages with `role` and `c
 
 
 def load(model: Model) -> "PreTrainedTokenizerBase":
-    """The tokenizer in `model.path`, or a new one of `model.tokenizer`.
+    """The tokenizer in `model.path`, or a new one of `model.tokenizer`, with `model.chat_template`.
 
-    Raises `ConfigError` where there is none, or it has no end-of-sequence token.
+    Raises `ConfigError` where there is none, it has no end-of-sequence token, or its chat template lacks a variable of
+    `model.chat_template_kwargs`.
     """
-    if model.init:
-        return make(model.tokenizer)
+    tokenizer = make(model.tokenizer) if model.init else _read(model)
+    if model.chat_template:
+        tokenizer.chat_template = model.chat_template
+    chat = tokenizer.chat_template
+    words = re.findall(r"\w+", chat if isinstance(chat, str) else " ".join((chat or {}).values()))
+    for name, value in model.chat_template_kwargs.items():
+        if name not in words:
+            problem = "the chat template has no such variable" if chat else "the tokenizer has no chat template"
+            near = suggestion(name, set(words))
+            raise ConfigError(f"model.chat_template_kwargs.{name} = {value!r}: {problem}{near}")
+    return tokenizer
+
+
+def _read(model: Model) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
@@ -111,10 +126,17 @@ def _kind(contents: dict[str, bytes]) -> Any:
     return AutoTokenizer
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, template: str = "{prompt}", system: str = "") -> str:
-    """The text that the model reads: a text prompt in `template`, and all in the chat template where there is one.
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: Prompt,
+    template: str = "{prompt}",
+    system: str = "",
+    variables: dict[str, Any] | None = None,
+) -> str:
+    """The text that the model reads: a text prompt in `template`, and all in the chat template where there is one, with
+    its `variables`.
 
-    Raises `ValueError` for chat messages or a system message without a chat template.
+    Raises `ValueError` for chat messages or a system message without a chat template, or what that refuses.
     """
     text = template.replace("{prompt}", prompt) if isinstance(prompt, str) else None
     if tokenizer.chat_template is None:
@@ -124,7 +146,11 @@ def render(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, template: str =
     messages = [{"role": "user", "content": text}] if isinstance(prompt, str) else prompt
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        options = {"add_generation_prompt": True, **(variables or {})}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, TypeError, KeyError) as error:
+        raise ValueError(f"the chat template: {type(error).__name__}: {error}") from error
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> np.ndarray:

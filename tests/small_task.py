@@ -8,6 +8,10 @@ def draw(seed: int, index: int) -> dict[str, str]:
     return {"prompt": f"{(seed + 7919 * index) % 100000:05d}=", "answer": str(index % 10)}
 
 
+def always(seed: int, index: int) -> dict[str, str]:
+    return {"prompt": "1=", "answer": "1"}
+
+
 def reward(prompt: str, completion: str, answer: str, *, delay_s: float = 0.0, **fields: Any) -> float:
     """The share of the completion's characters that are small letters; 1 also where it is empty. Takes `delay_s`."""
     time.sleep(delay_s)

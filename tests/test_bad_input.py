@@ -122,7 +122,8 @@ def test_prompt_with_characters_that_the_tokenizer_lacks(refusal, tmp_path: Path
 
 
 def test_more_held_out_prompts_than_there_are(refusal) -> None:
-    assert refusal("--domains.0.template=1=") == "domains.0.eval_prompts = 4: there are only 1 different prompts"
+    line = refusal("--domains.0.task=small_task:always")
+    assert line == "domains.0.eval_prompts = 4: there are only 1 different prompts"
 
 
 @pytest.mark.parametrize(

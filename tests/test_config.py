@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import ConfigError, load, merge, to_toml
+from engine.config import ConfigError, load, load_text, merge, to_toml
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.toml"))  # those of tiny/: test_recipes
 
@@ -183,3 +183,30 @@ def test_the_round_trip_holds_awkward_values(minimal):
     config = load(minimal, ["--learner.lr=1e-300", "--domains.0.options={ deep = { list = [1, 2.5, 'ü\"\\\\'] } }"])
     resolved = write(minimal.parent, "resolved.toml", to_toml(config))
     assert load(resolved) == config
+
+
+# ---- templates -------------------------------------------------------------------------------------------------
+
+
+def test_templates_may_lie_in_files_and_the_resolved_configuration_holds_their_text(minimal, tmp_path):
+    (tmp_path / "ask.txt").write_text("Solve it.\n{prompt}\n")
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+    files = [f"--domains.0.template={tmp_path}/ask.txt", f"--model.chat_template={tmp_path}/chat.jinja"]
+    config = load(minimal, files)
+    assert config.domains[0].template == "Solve it.\n{prompt}\n"
+    assert config.model.chat_template == "{{ messages[0].content }}"
+    assert load_text(to_toml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("domains.0.template=Solve it.", "domains.0.template = 'Solve it.': must hold {prompt}, or name a file"),
+        ("domains.0.template=", "domains.0.template = '': must hold {prompt}"),
+        ("model.chat_template=chat.jinja", "model.chat_template = 'chat.jinja': must hold {{ or {%, or name a file"),
+    ],
+)
+def test_a_template_without_its_slot_is_refused(minimal, override, line):
+    with pytest.raises(ConfigError) as error:
+        load(minimal, [override])
+    assert str(error.value).startswith(line)

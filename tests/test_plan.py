@@ -26,7 +26,8 @@ def job(*overrides: str, ranks: int = 1) -> tuple[Config, Seat, PreTrainedModel]
 
 
 def rows(*overrides: str, ranks: int = 1) -> dict[str, str]:
-    prompts: Any = SimpleNamespace(held_out=lambda: [None] * 6)
+    text = f"{'a' * 100}\n{'b' * 100}"
+    prompts: Any = SimpleNamespace(held_out=lambda: [None] * 6, prompt=lambda *_: SimpleNamespace(text=text))
     text = describe(*job(*overrides, ranks=ranks), prompts)
     return {name.strip(): row.strip() for name, row in (line.split("  ", 1) for line in text.splitlines())}
 
@@ -39,6 +40,7 @@ def test_numbers_of_the_plan() -> None:
     assert plan["rewards"] == "d by exact"
     assert plan["a step"] == "2 groups x 4 = 8 completions, at most 64 answer tokens, 2 update(s)"
     assert plan["steps"] == "10, 20 groups"
+    assert plan["a prompt of d"] == f"'{'a' * 79} ... {'b' * 79}'"
     assert plan["tickets"] == "(max_staleness 3 + 1) x 2 = 8 groups at once"
 
 

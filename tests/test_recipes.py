@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import string
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ PAPERS = ["vapo", "acereason", "exprl", "exprl_process", "apriel"]
 RECIPES = [*PLAIN, *PAPERS]
 LONGEST = 65536  # tokens
 ROW = {"prompt": "12+30=", "answer": "42", "difficulty": 3}
+COLUMNS = {  # by reward
+    "code": {"input_output": '{"inputs": ["12 30"], "outputs": ["42"]}'},
+    "reasoning_gym": {"task": "chain_sum", "options": {"seed": 1, "size": 2}, "index": 0},
+    "instructions": {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    "tools": {"answer": '[{"name": "add", "arguments": {"a": 12, "b": 30}}]'},
+}
 
 
 def write_inputs(config: Config) -> None:
@@ -34,16 +41,17 @@ def write_inputs(config: Config) -> None:
     for domain in config.domains:
         for path in map(Path, filter(None, (domain.path, domain.eval_path))):
             path.parent.mkdir(parents=True, exist_ok=True)
-            row = {**ROW, "prompt": f"{path.stem}{ROW['prompt']}"}
+            row = {**ROW, **COLUMNS.get(domain.reward, {}), "prompt": f"{path.stem}{ROW['prompt']}"}
             path.write_bytes(msgspec.json.encode(row) + b"\n")
 
 
 def write_model(folder: Path) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     init = {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 8, **shape}
-    letters = Tokenizer("abcdefghijklmnopqrstuvwxyz0123456789+=_ ")
+    letters = Tokenizer(string.printable)
     model = Model(init=init, tokenizer=letters, context=LONGEST)
     tokens = tokenizer.load(model)
+    tokens.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     tokens.save_pretrained(folder)
     build(model, vocab_size=len(tokens), eos_id=1, pad_id=0, seed=0).save_pretrained(folder)
 
@@ -190,3 +198,23 @@ def test_apriel_draws_five_domains(cache, tmp_path):
         running.succeed()
     names = {name.removeprefix("accuracy/") for row in steps(run) for name in row if name.startswith("accuracy/")}
     assert names == {"math", "code", "logic", "instructions", "tools"}
+
+
+BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("grpo", f"<user>6*7?\n{BOXED}"),
+        ("dr_grpo", f"<system>{BOXED}<user>6*7?"),
+        ("exprl", f"<system>{BOXED}<user>6*7?"),
+        ("dapo", "<user>Solve the following math problem step by step. The last line of your response should be of the "),
+    ],
+)
+def test_prompts_are_those_that_the_papers_publish(name, asked):
+    config = load(CONFIGS / f"{name}.toml")
+    chat = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    tokens = tokenizer.load(Model(init={"model_type": "qwen3"}, tokenizer=Tokenizer("a"), context=9, chat_template=chat))
+    (domain,) = [domain for domain in config.domains if domain.reward == "math"]
+    assert tokenizer.render(tokens, "6*7?", domain.template, domain.system).startswith(asked)

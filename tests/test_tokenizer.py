@@ -107,3 +107,37 @@ def test_ends_of_segments_are_counted_in_tokens():
     assert tokenizers.token_ends(tokenizer, whole, [3, 6, 7]) == [2, 3, 5]
     assert tokenizers.token_ends(tokenizer, whole, [1]) == [1]  # within aa: its token belongs to the first part
     assert tokenizers.token_ends(tokenizer, token_ids[:0], [0]) == [0]
+
+
+# ---- templates of one's own ------------------------------------------------------------------------------------
+
+THINKING = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if enable_thinking %}<think>{% endif %}"
+
+
+def with_template(template: str = THINKING, **variables):
+    init = {"model_type": "qwen3"}
+    spec = {"tokenizer": Tokenizer(alphabet="01"), "chat_template": template, "chat_template_kwargs": variables}
+    return tokenizers.load(Model(init=init, context=32, **spec))
+
+
+def test_a_chat_template_of_ones_own_is_the_tokenizers_and_travels_with_it():
+    tokenizer = with_template(enable_thinking=True)
+    there = tokenizers.from_files(tokenizers.files(tokenizer))
+    for each in (tokenizer, there):
+        assert tokenizers.render(each, "1", variables={"enable_thinking": True}) == "[user]1<think>"
+        assert tokenizers.render(each, "1", variables={"enable_thinking": False}) == "[user]1"
+
+
+def test_a_variable_that_the_chat_template_has_not_is_refused():
+    with pytest.raises(ConfigError) as error:
+        with_template(enable_thinkin=False)
+    field = "model.chat_template_kwargs.enable_thinkin = False"
+    assert str(error.value) == f"{field}: the chat template has no such variable (did you mean enable_thinking?)"
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
+        with_template("", enable_thinking=False)
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no') }}", "{{ messages[0]['x'] + 1 }}"])
+def test_a_chat_template_that_fails_is_named(template):
+    with pytest.raises(ValueError, match="^the chat template: "):
+        tokenizers.render(with_template(template), "1")
