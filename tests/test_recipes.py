@@ -209,12 +209,13 @@ BOXED = r"Please reason step by step, and put your final answer within \boxed{}.
         ("grpo", f"<user>6*7?\n{BOXED}"),
         ("dr_grpo", f"<system>{BOXED}<user>6*7?"),
         ("exprl", f"<system>{BOXED}<user>6*7?"),
-        ("dapo", "<user>Solve the following math problem step by step. The last line of your response should be of the "),
+        ("dapo", "<user>Solve the following math problem step by step. The last line of your response should be"),
     ],
 )
 def test_prompts_are_those_that_the_papers_publish(name, asked):
     config = load(CONFIGS / f"{name}.toml")
     chat = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
-    tokens = tokenizer.load(Model(init={"model_type": "qwen3"}, tokenizer=Tokenizer("a"), context=9, chat_template=chat))
+    tokens = tokenizer.make(Tokenizer("a"))
+    tokens.chat_template = chat
     (domain,) = [domain for domain in config.domains if domain.reward == "math"]
     assert tokenizer.render(tokens, "6*7?", domain.template, domain.system).startswith(asked)
