@@ -343,7 +343,7 @@ def pauses(width: int, rounds: int) -> list[dict[str, Any]]:
                     engine.poll(0.0)
             into = recomputing if version % 2 else idle
             into.append(seconds(partial(engine.load, version, staged.tensors)))
-            engine.cancel("train", version)
+            engine.cancel(("train", version, 0))
     rows = []
     for case, took, parity, goal in (("pause", idle, 0, 20.0), ("pause with the cache", recomputing, 1, None)):
         shares = [a / b for a, b in zip(staging[parity::2], took, strict=True)][2:]

@@ -29,11 +29,12 @@ from engine.schema import (
     Applied,
     Beat,
     Bye,
+    Cancel,
     Failure,
     Group,
     Heartbeat,
     Hello,
-    Kind,
+    LeaseKey,
     Leases,
     Publish,
     Request,
@@ -50,7 +51,6 @@ from rewards.verdict import Verdict
 
 # What may differ between generators of a job: how they compute, not what.
 OWN = ("--generator.sglang.", "--generator.slots=", "--generator.device=", "--generator.gpus=", "--generator.engine=")
-Key = tuple[Kind, int, int]  # kind, group_id, attempt: one lease
 
 
 class Actor:
@@ -75,9 +75,9 @@ class Actor:
         if self._generator.manifest is not None:
             self._generator.manifest.require(weights.manifest)
         self._intake = Intake(weights, self._generator, self._incarnation, self._wake)
-        self._held: set[Key] = set()
-        self._scoring: dict[Key, Sampled] = {}
-        self._unacknowledged: dict[Key, tuple[float, Result]] = {}
+        self._held: set[LeaseKey] = set()  # until their results are sent
+        self._scoring: dict[LeaseKey, Sampled] = {}
+        self._unacknowledged: dict[LeaseKey, tuple[float, Result]] = {}
         self._requested = -1
         self._applied: Applied | None = None  # the newest version's
         self._busy_s = self._idle_s = 0.0
@@ -97,6 +97,7 @@ class Actor:
             Leases: self._on_leases,
             Publish: self._on_publish,
             Ack: self._on_ack,
+            Cancel: self._on_cancel,
             Beat: lambda message: None,
             Welcome: lambda message: None,
             Stop: self._on_stop,
@@ -105,16 +106,19 @@ class Actor:
     def run(self) -> None:
         """Turns until the coordinator says stop. Raises `Silence` when it has died."""
         while not self.stopped:
-            self._hear()
-            self._take_weights()
-            started = time.monotonic()
-            if self._generator.num_running or not self._polled:
-                for sampled in self._generator.poll(0.0):
-                    self._score(sampled)
-                self._busy_s += time.monotonic() - started
-            self._deliver()
-            self._speak()
+            self._turn()
             self._rest()
+
+    def _turn(self) -> None:
+        self._hear()
+        self._take_weights()
+        started = time.monotonic()
+        if self._generator.num_running or not self._polled:
+            for sampled in self._generator.poll(0.0):
+                self._score(sampled)
+            self._busy_s += time.monotonic() - started
+        self._deliver()
+        self._speak()
 
     def _rest(self) -> None:
         """Waits for news, of which there is none needed while `poll` has something to compute."""
@@ -145,15 +149,14 @@ class Actor:
 
     def _on_leases(self, message: Leases) -> None:
         for lease in message.leases:
-            key = (lease.kind, lease.group_id, lease.attempt)
-            if message.incarnation != self._incarnation or key in self._held:
+            if message.incarnation != self._incarnation or lease.key in self._held:
                 continue
-            self._held.add(key)
+            self._held.add(lease.key)
             try:
                 self._generator.submit(lease)
             except ValueError as error:  # this prompt cannot be sampled; others can
-                self._held.discard(key)
-                self._link.send(Failure(*key, reason=str(error)))
+                self._held.discard(lease.key)
+                self._link.send(Failure(*lease.key, reason=str(error)))
         self._requested = -1
 
     def _on_publish(self, message: Publish) -> None:
@@ -162,6 +165,17 @@ class Actor:
 
     def _on_ack(self, message: Ack) -> None:
         self._unacknowledged.pop((message.kind, message.group_id, message.attempt), None)
+
+    def _on_cancel(self, message: Cancel) -> None:
+        for key in message.leases:
+            self._unacknowledged.pop(key, None)
+            if key not in self._held:
+                continue
+            self._held.discard(key)
+            if self._scoring.pop(key, None) is None:
+                self._generator.cancel(key)
+            else:
+                self._scorer.cancel(key)
 
     def _on_stop(self, message: Stop) -> None:
         self.stopped, self.refused = message.reason, message.refused
@@ -183,14 +197,15 @@ class Actor:
 
     def _score(self, sampled: Sampled) -> None:
         lease = sampled.lease
-        key = (lease.kind, lease.group_id, lease.attempt)
-        self._scoring[key] = sampled
+        if lease.key not in self._held:  # cancelled when it was as good as done
+            return
+        self._scoring[lease.key] = sampled
         ends = np.cumsum(sampled.lengths)
         texts = [
             decode(self._tokenizer, sampled.token_ids[end - length : end])
             for end, length in zip(ends, sampled.lengths, strict=True)
         ]
-        self._scorer.submit(key, lease.prompt, texts)
+        self._scorer.submit(lease.key, lease.prompt, texts)
 
     def _deliver(self) -> None:
         for key, verdicts in self._scorer.poll():

@@ -35,6 +35,7 @@ from engine.schema import (
     Kind,
     Lapsed,
     Lease,
+    LeaseKey,
     Prompt,
     Sampling,
     State,
@@ -210,19 +211,22 @@ class Coordinator:
             costs = "" if message is None else json.dumps({name: getattr(message, name) for name in COSTS})
             self._ledger.event("applied", version=version, generator=generator, detail=costs)
 
-    def heartbeat(self, generator: str, beat: Heartbeat, now: float) -> None:
+    def heartbeat(self, generator: str, beat: Heartbeat, now: float) -> list[LeaseKey]:
         """A sign of life. A lease that was granted `heartbeat_s` before the last heartbeat and is not held now never
-        arrived. Sooner than that, several heartbeats may have been under way when it was granted."""
+        arrived. Sooner than that, several heartbeats may have been under way when it was granted. Returns what is held
+        and no longer leased: nobody wants its result."""
         member = self.roster.members[generator]
         before = member.beat_s - self._config.deadlines.heartbeat_s
-        held = {(kind, group_id) for kind, group_id, _ in beat.held}
-        lost = [task for task in self._held_by(generator) if task.leased_s < before and task.key not in held]
+        held = set(beat.held)
+        leased = {task.lease_key: task for task in self._held_by(generator)}
+        lost = [task for key, task in leased.items() if task.leased_s < before and key not in held]
         member.seen_s = member.beat_s = now
         member.generated_tokens, member.busy_s, member.idle_s = beat.generated_tokens, beat.busy_s, beat.idle_s
         if lost:
             with self._ledger.transaction():
                 for task in lost:
                     self._give_back(task, "the lease was lost on its way", now, blame=False)
+        return sorted(held - leased.keys())
 
     def arrived(self, group: Group, now: float) -> Ack:
         """Takes a result in, once. An empty `reason` says that it was accepted, also where it ends at once as

@@ -23,6 +23,7 @@ from engine.schema import (
     Beat,
     Began,
     Bye,
+    Cancel,
     Done,
     Evaluate,
     Evaluated,
@@ -176,8 +177,10 @@ class CoordinatorLoop:
         self._coordinator.applied(peer, message.incarnation, message.version, now, message)
 
     def _on_heartbeat(self, peer: str, beat: Heartbeat, now: float) -> None:
-        self._coordinator.heartbeat(peer, beat, now)
+        over = self._coordinator.heartbeat(peer, beat, now)
         self._hub.send(peer, Beat())
+        if over:
+            self._hub.send(peer, Cancel(over))
         if self._version is not None and self._coordinator.roster.members[peer].applied < self._version:
             self._hub.send(peer, Publish(self._incarnation, self._version))  # a broken connection may have lost it
 

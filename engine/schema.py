@@ -12,12 +12,13 @@ import numpy as np
 
 from rewards.verdict import Verdict
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 DTYPES = frozenset({"<i4", "<i8", "<f4", "<f8", "|u1", "|b1"})  # what an array on the wire may be
 
 Kind = Literal["train", "eval", "probe"]
 Finish = Literal["stop", "length"]
 End = Literal["trained", "filtered", "failed", "expired"]
+LeaseKey = tuple[Kind, int, int]  # kind, group_id, attempt
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -54,6 +55,10 @@ class Lease(msgspec.Struct, frozen=True):
     num_samples: int
     prompt: Prompt
     sampling: Sampling
+
+    @property
+    def key(self) -> LeaseKey:
+        return self.kind, self.group_id, self.attempt
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -135,7 +140,7 @@ class Applied(msgspec.Struct, tag=True, frozen=True):
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
     """Sent at a fixed interval: the leases held, and counters since the generator started."""
 
-    held: list[tuple[Kind, int, int]]  # kind, group_id, attempt
+    held: list[LeaseKey]
     generated_tokens: int
     busy_s: float
     idle_s: float
@@ -188,6 +193,12 @@ class Ack(msgspec.Struct, tag=True, frozen=True):
     group_id: int
     attempt: int
     reason: str = ""
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True):
+    """Leases that are over: they lapsed, or their result is known. Said again after every heartbeat that holds one."""
+
+    leases: list[LeaseKey]
 
 
 class Publish(msgspec.Struct, tag=True, frozen=True):
@@ -397,7 +408,7 @@ class Saved(msgspec.Struct, tag=True, frozen=True):
 # What the tap keeps, in its order: the coordinator's decisions and all that they follow from.
 TapRecord = Began | Granted | Lapsed | Result | Ack | Take | Took | Trained | Published | Saved
 FromGenerator = Hello | Request | Applied | Heartbeat | Result | Failure | Bye
-ToGenerator = Welcome | Leases | Ack | Beat | Publish | Stop
+ToGenerator = Welcome | Leases | Ack | Cancel | Beat | Publish | Stop
 FromLearner = Take | Trained | Published | Save | Evaluate | Finished
 ToLearner = Ready | Taken | Evaluated | Probed | Done | Stalled | Refused
 

@@ -66,8 +66,8 @@ class Scorer:
         rewards = {domain.name: (domain.reward, domain.reward_options) for domain in config.domains}
         deadlines, memory_gb = config.deadlines, config.generator.reward_memory_gb
         limits = Limits(deadlines.start_s, deadlines.reward_s, deadlines.judge_s, memory_gb)
-        self.pool = Pool(rewards, config.generator.reward_workers, limits)
-        self.fileno, self.poll, self.close = self.pool.fileno, self.pool.poll, self.pool.close
+        pool = self.pool = Pool(rewards, config.generator.reward_workers, limits)
+        self.fileno, self.poll, self.cancel, self.close = pool.fileno, pool.poll, pool.cancel, pool.close
 
     def submit(self, key: Hashable, prompt: Prompt, completions: list[str]) -> None:
         """`completions` of `prompt` are to be judged; `poll` gives the verdicts back under `key`."""

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from engine.config import Config, Generator
-from engine.schema import Group, Kind, Lease, Prompt, Sampling
+from engine.schema import Group, Kind, Lease, LeaseKey, Prompt, Sampling
 
 GAIN, SWING = 0.2, 2.0  # of the temperature that follows the entropy
 
@@ -30,6 +30,10 @@ class Task(msgspec.Struct):
     @property
     def key(self) -> tuple[Kind, int]:
         return self.kind, self.group_id
+
+    @property
+    def lease_key(self) -> LeaseKey:
+        return self.kind, self.group_id, self.attempt
 
     def lease(self, seed: int) -> Lease:
         assert self.sampling is not None, "a lease of nothing to sample"

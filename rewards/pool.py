@@ -45,6 +45,7 @@ class Job:
         self.key, self.task = key, task
         self.verdicts: list[Verdict | None] = [None] * len(task.completions)
         self.alone = False  # a wide worker that had it under way came to grief
+        self.cancelled = False
 
     def missing(self) -> list[int]:
         return [sample for sample, verdict in enumerate(self.verdicts) if verdict is None]
@@ -117,6 +118,20 @@ class Pool:
     def submit(self, key: Hashable, task: Task) -> None:
         """`task` is to be judged; `poll` gives the verdicts back under `key`."""
         self._sort(Job(key, task))
+        self._assign()
+
+    def cancel(self, key: Hashable) -> None:
+        """Forgets the task under `key`, waiting or under way; an unknown one is ignored. The worker that judges it dies
+        for it, unless that is the wide one, which has others under way: there it runs out."""
+        self._unsorted = [job for job in self._unsorted if job.key != key]
+        for waits, queue in self._queues.items():
+            self._queues[waits] = deque(job for job in queue if job.key != key)
+        for worker in list(self._workers.values()):
+            ours = [job for job in worker.jobs.values() if job.key == key]
+            for job in ours:
+                job.cancelled = True
+            if ours and not worker.wide:
+                self._replace(worker, "cancelled")
         self._assign()
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[Any, list[Verdict]]]:
@@ -197,7 +212,7 @@ class Pool:
         for worker in list(self._workers.values()):
             self._forget(worker)
             for job in worker.jobs.values():  # whose completions are at no fault
-                self._queues[worker.wide].appendleft(job)
+                self._settle(worker.wide, job)
         if self._control.fileno() >= 0 and not self._epoll.closed:
             self._epoll.unregister(self._control.fileno())
         self._control.close()
@@ -262,7 +277,9 @@ class Pool:
             self._settle(worker.wide, job)
 
     def _settle(self, wide: bool, job: Job) -> None:
-        """`job` left its worker: done, or first in the queue again."""
+        """`job` left its worker: done, first in the queue again, or of no more interest."""
+        if job.cancelled:
+            return
         if job.missing():
             self._queues[wide].appendleft(job)
         else:

@@ -35,6 +35,10 @@ def give(coordinator: Coordinator, *leases: Lease, now: float = 1.0, uniform: bo
     return [coordinator.arrived(result, now).reason for result in results]
 
 
+def beat(*held: Lease) -> Heartbeat:
+    return Heartbeat([lease.key for lease in held], 0, 0.0, 0.0)
+
+
 def step(coordinator: Coordinator, taken: Taken | None, end: str = "trained") -> None:
     assert taken is not None
     version = coordinator.version + 1
@@ -325,6 +329,35 @@ def test_a_lease_held_too_long_is_taken_back(tmp_path: Path) -> None:
     assert coordinator.next_deadline() == 60.0
     coordinator.tick(60.0)
     assert coordinator.state(60.0).leased_groups == 0
+
+
+def test_a_holder_is_told_what_lapsed_until_it_lets_go(tmp_path: Path) -> None:
+    """By attempt, since it may be granted the same group anew."""
+    coordinator = begun(tmp_path, lease_s=1000.0, group_s=50.0)
+    old, lapsed = enter(coordinator, "g", 4)  # groups 0, 1
+    assert coordinator.heartbeat("g", beat(old, lapsed), 10.0) == []
+    give(coordinator, old)
+    coordinator.tick(50.0)
+    enter(coordinator, "h", 2, now=50.0)
+    for _ in range(2):  # it did not hear of it, nor of the acknowledgement
+        assert coordinator.heartbeat("g", beat(old, lapsed), 51.0) == [old.key, lapsed.key]
+    coordinator.leave("h", "left", 52.0)
+    coordinator.request("g", 2, 52.0)
+    (again,) = coordinator.grants(52.0)["g"]
+    assert again.group_id == lapsed.group_id
+    assert coordinator.heartbeat("g", beat(lapsed, again), 53.0) == [lapsed.key]
+    assert give(coordinator, again) == [""]
+
+
+def test_an_older_attempt_held_does_not_hide_that_the_newer_was_lost(tmp_path: Path) -> None:
+    coordinator = begun(tmp_path, lease_s=1000.0, group_s=50.0, heartbeat_s=1.0)
+    (lapsed,) = enter(coordinator, "g", 2)
+    coordinator.tick(50.0)
+    coordinator.request("g", 2, 50.0)
+    assert [lease.attempt for lease in coordinator.grants(50.0)["g"]] == [2]
+    for now in (60.0, 62.0):
+        coordinator.heartbeat("g", beat(lapsed), now)
+    assert coordinator.state(62.0).leased_groups == 0
 
 
 def test_a_generator_that_does_not_apply_leaves_routing_until_it_does(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from engine.run_directory import create
 from engine.schema import (
     SCHEMA_VERSION,
     Applied,
+    Cancel,
     Done,
     Evaluate,
     Finished,
+    Heartbeat,
     Hello,
     Lease,
     Leases,
@@ -135,3 +137,18 @@ def test_the_record_of_a_checkpoint_is_on_disk_before_the_learner_hears_of_it(
     between.learner.send(Save(str(tmp_path), 3))
     between.hear(lambda: len(synced) >= 3)
     assert [type(each) for each in synced] == [Ready, Saved, Done]
+
+
+def test_a_generator_hears_what_it_holds_for_nothing(between: Between) -> None:
+    between.join(99)
+    held, *rest = [lease.key for lease in between.grant()]
+    over = (held[0], held[1], held[2] - 1)
+    member = between.coordinator.roster.members["g"]
+    for _ in range(2):  # as often as it says that it holds it
+        before = member.beat_s
+        between.generator.send(Heartbeat([held, over, *rest], 0, 0.0, 0.0))
+        between.hear(lambda: member.beat_s > before)  # noqa: B023  (called at once)
+        heard = [between.generator.receive(PATIENCE_S, "cancel")]
+        while not isinstance(heard[-1], Cancel):
+            heard.append(between.generator.receive(PATIENCE_S, "cancel"))
+        assert heard[-1] == Cancel([over])

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.coordinator import Coordinator
 from engine.ledger import Ledger
-from engine.schema import Group, Heartbeat, Lease, Taken, Trained
+from engine.schema import Group, Heartbeat, Kind, Lease, LeaseKey, Taken, Trained
 
 MAX_HELD = 4  # groups that a generator samples together
 LEASE_S, PUBLISH_S, GROUP_S = 20.0, 30.0, 90.0
@@ -54,7 +54,7 @@ class Histories(RuleBasedStateMachine):
         self.now = 0.0
         self.generators: dict[str, Generator] = {}
         self.sent: list[Group] = []  # results that may be delivered again
-        self.attempts: dict[tuple[str, int], int] = {}  # of each group's newest lease
+        self.attempts: dict[tuple[Kind, int], int] = {}  # of each group's newest lease
         self.books = Books()
         self.taken: Taken | None = None
         self.published = -1
@@ -224,11 +224,26 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.members())
     @rule(pick=picks)
     def beat(self, pick: Random) -> None:
-        name = pick.choice(self.members())
-        held = [(lease.kind, lease.group_id, lease.attempt) for lease, _ in self.generators[name].held]
-        self.coordinator.heartbeat(name, Heartbeat(held, 0, 0.0, 0.0), self.now)
-        self.grant()
+        self.beat_of(pick.choice(self.members()))
+
+    def beat_of(self, name: str) -> None:
+        held = [lease.key for lease, _ in self.generators[name].held]
+        over = self.coordinator.heartbeat(name, Heartbeat(held, 0, 0.0, 0.0), self.now)
         self.adopt_failures()
+        self.cancel(name, over)
+        self.grant()
+
+    def cancel(self, name: str, over: list[LeaseKey]) -> None:
+        """A generator lets go of what is over; what it may keep is of use."""
+        generator = self.generators[name]
+        for lease, _ in generator.held:
+            ended = lease.kind == "train" and lease.group_id in self.books.ends
+            newest = lease.attempt == self.attempts[lease.kind, lease.group_id]
+            assert newest and not ended or lease.key in over, "what is over was not cancelled"
+            if lease.key in over:
+                result = fake_run.result(lease, self.incarnation, generator=name, versions=[generator.version])
+                assert self.coordinator.arrived(result, self.now).reason, "what is wanted was cancelled"
+        generator.held = [(lease, first) for lease, first in generator.held if lease.key not in over]
 
     @rule(seconds=st.sampled_from([1.0, 5.0, 21.0, 31.0, 91.0]))
     def wait(self, seconds: float) -> None:
@@ -236,6 +251,15 @@ class Histories(RuleBasedStateMachine):
         self.coordinator.tick(self.now)
         self.grant()
         self.adopt_failures()
+
+    @rule()
+    def overrun(self) -> None:
+        """Generators live and are slow: what they hold goes to others, or to them again, and they are told."""
+        ends = self.now + GROUP_S
+        while self.now < ends:
+            self.wait(LEASE_S - 1.0)
+            for name in self.members():
+                self.beat_of(name)
 
     @rule()
     def evaluate(self) -> None:
@@ -372,6 +396,7 @@ ACTS: dict[str, tuple[int, Callable[[Histories, Random], None]]] = {  # weight a
     "take_and_save": (2, lambda histories, random: histories.take_and_save()),
     "wait": (1, lambda histories, random: histories.wait(random.choice([1.0, 5.0, 31.0]))),
     "beat": (4, lambda histories, random: histories.beat(random)),
+    "overrun": (1, lambda histories, random: histories.overrun()),
     "join": (2, lambda histories, random: histories.join(random.choice(NAMES))),
     "leave": (1, lambda histories, random: histories.leave(random)),
     "save": (2, lambda histories, random: histories.save()),

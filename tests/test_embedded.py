@@ -273,9 +273,8 @@ def test_cancelling_frees_slots_and_leaves_the_others_right() -> None:
     for group_id in range(4):
         engine.submit(lease(group_id, num_samples=2))
     engine.poll(0.0)
-    engine.cancel("train", 0)
-    engine.cancel("train", 3)
-    engine.cancel("eval", 1)
+    for key in (("train", 0, 0), ("train", 3, 0), ("eval", 1, 0), ("train", 2, 1)):
+        engine.cancel(key)
     assert engine.num_running == 4 and engine.num_free_slots == 0
     finished = drain(engine)
     assert sorted(finished) == [1, 2]

@@ -215,6 +215,23 @@ def test_the_loss_of_the_process_that_starts_workers_costs_no_completion():
     assert all(found[key][1].solved for key in range(3)) and scorer.pool.num_restarts == 1
 
 
+@pytest.mark.parametrize("place", ["unsorted", "queued", "judged"])
+def test_a_cancelled_group_gives_its_worker_to_the_next(place):
+    scorer = Scorer(make())
+    if place != "unsorted":  # which workers judge it is known
+        judge(scorer, "yes")
+    if place == "queued":
+        scorer.submit("before", prompt(), ["sleep"])
+    scorer.submit("cancelled", prompt(), ["sleep"] * 1000)
+    scorer.cancel("cancelled")
+    scorer.cancel("unknown")
+    scorer.submit("next", prompt(), ["yes"])
+    found = collect(scorer, 1 + (place == "queued"))
+    assert found.pop("next")[0].solved and found.keys() <= {"before"}
+    assert scorer.pool.num_restarts == (place == "judged") and scorer.poll(DEADLINE_S) == []
+    scorer.close()
+
+
 # ---- rewards that wait -----------------------------------------------------------------------------------------
 
 UNDER_WAY = []
@@ -273,6 +290,15 @@ def test_one_that_sticks_or_dies_among_many_is_found(waiting, bad, reason):
     assert [verdict.error[-len(reason) :] for verdict in found.pop("first")] == ["", reason, ""]
     assert not any(verdict.error for verdicts in found.values() for verdict in verdicts)
     assert waiting.pool.num_restarts == 2  # among all, and alone
+
+
+def test_a_cancelled_group_that_waits_harms_no_other(waiting):
+    judge(waiting, "a")
+    waiting.submit("cancelled", prompt(), ["hang", "a"])
+    waiting.submit("other", prompt(), ["b"])
+    waiting.cancel("cancelled")
+    assert collect(waiting, 1)["other"][0].error == "" and waiting.pool.num_restarts == 0
+    assert waiting.poll(JUDGE_S + DEADLINE_S) == []
 
 
 def test_both_kinds_side_by_side():

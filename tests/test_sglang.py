@@ -391,9 +391,8 @@ def test_cancelled_leases_end_and_leave_the_others_right(engine: SGLang) -> None
     for group_id in range(4):
         engine.submit(lease(group_id, max_new_tokens=60))
     sampled_tokens(engine, 16)
-    engine.cancel("train", 0)
-    engine.cancel("train", 3)
-    engine.cancel("eval", 1)
+    for key in (("train", 0, 0), ("train", 3, 0), ("eval", 1, 0), ("train", 2, 1)):
+        engine.cancel(key)
     finished = collect(engine, 2)
     assert sorted(finished) == [1, 2] and engine.num_running == 0
     assert all(differences(sampled).max() < 1e-4 for sampled in finished.values())

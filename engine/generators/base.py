@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 import numpy as np
 
-from engine.schema import Finish, Kind, Lease
+from engine.schema import Finish, Lease, LeaseKey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +58,9 @@ class Generator(Protocol):
         """
         ...
 
-    def cancel(self, kind: Kind, group_id: int) -> None:
-        """Forgets a lease, waiting or running; unknown ones are ignored."""
+    def cancel(self, key: LeaseKey) -> None:
+        """Forgets a lease, waiting or running, soon: `poll` may still give what has just finished. Unknown ones are
+        ignored."""
         ...
 
     @property

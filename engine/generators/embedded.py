@@ -26,7 +26,7 @@ from engine.generators.sampling import draw, stream_key, uniform
 from engine.model import from_description, hidden_states, lm_head, widen_head
 from engine.policy import named_tensors
 from engine.schedule import Schedule
-from engine.schema import Finish, Kind, Lease
+from engine.schema import Finish, Lease, LeaseKey
 from engine.tokenizer import decode
 from engine.weights import Manifest
 
@@ -137,13 +137,10 @@ class Embedded:
             )
         self._waiting.append(Request(lease))
 
-    def cancel(self, kind: Kind, group_id: int) -> None:
-        def matches(request: Request) -> bool:
-            return request.lease.kind == kind and request.lease.group_id == group_id
-
-        self._waiting = deque(request for request in self._waiting if not matches(request))
-        for slot in reversed(range(self._num_running)):
-            if matches(self._slots.request[slot]):
+    def cancel(self, key: LeaseKey) -> None:
+        self._waiting = deque(request for request in self._waiting if request.lease.key != key)
+        for slot in reversed(range(self._num_running)):  # from the end, since the last moves into a free one
+            if self._slots.request[slot].lease.key == key:
                 self._vacate(slot)
 
     def fileno(self) -> int:

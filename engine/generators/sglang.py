@@ -30,7 +30,7 @@ from engine.generators.client import Client, Meta, Reason, ServerError, check_se
 from engine.generators.sampling import stream_key
 from engine.generators.server import Server
 from engine.process import ProcessDied
-from engine.schema import Finish, Kind, Lease
+from engine.schema import Finish, Lease, LeaseKey
 from engine.tokenizer import decode
 
 if TYPE_CHECKING:
@@ -184,9 +184,8 @@ class SGLang:
         timeout_s = self._config.deadlines.publish_s
         self._call(self._apply(version, order), timeout_s, f"loading version {version} into the SGLang server")
 
-    def cancel(self, kind: Kind, group_id: int) -> None:
-        phase = f"cancelling group {group_id}"
-        self._call(self._forget(kind, group_id), self._config.deadlines.publish_s, phase)
+    def cancel(self, key: LeaseKey) -> None:
+        self._loop.call_soon_threadsafe(self._forget, key)
 
     def close(self) -> None:
         if self._server is not None:
@@ -249,9 +248,12 @@ class SGLang:
 
     def _launch(self, request: Request) -> None:
         for sequence in request.sequences:
-            task = self._loop.create_task(self._complete(request, sequence))
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
+            self._spawn(self._complete(request, sequence))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -284,10 +286,14 @@ class SGLang:
         before = len(sequence.token_ids)
         try:
             async for meta in self._client.generate(self._asked(request, sequence)):
+                if request.cancelled:
+                    if meta.finish_reason is None:  # the first abort came before the server had read the request
+                        await self._client.abort(sequence.request_id)
+                    break
                 if meta.weight_version != label:
                     raise ServerError(f"tokens of weights {meta.weight_version!r} where {label!r} were loaded")
                 reason = meta.finish_reason
-                if reason is not None and reason.type == "abort" and self._open.is_set() and not request.cancelled:
+                if reason is not None and reason.type == "abort" and self._open.is_set():
                     raise ServerError(f"the server ended a request by itself: {reason.message}")
                 num = self._keep(sequence, meta, before, version)
                 prefix.set()
@@ -378,17 +384,14 @@ class SGLang:
             except TimeoutError:
                 continue
 
-    async def _forget(self, kind: Kind, group_id: int) -> None:
-        def matches(lease: Lease) -> bool:
-            return lease.kind == kind and lease.group_id == group_id
-
-        self._finished = deque(sampled for sampled in self._finished if not matches(sampled.lease))
-        for request in [request for request in self._requests if matches(request.lease)]:
+    def _forget(self, key: LeaseKey) -> None:
+        for request in [request for request in self._requests if request.lease.key == key]:
             request.cancelled = True
             self._requests.remove(request)
             for sequence in request.sequences:
                 if sequence.request_id in self._flying:
-                    await self._client.abort(sequence.request_id)
+                    self._spawn(self._client.abort(sequence.request_id))
+            os.write(self._wake_write, b".")  # there is room for others
 
     # ---- the end ----
 
