@@ -77,7 +77,8 @@ def peer_rounds(folder: Path, rounds: int, steps: int) -> dict[str, list[Figures
     arms |= {name(placement): [] for placement in PLACEMENTS}
     for number in range(rounds):
         for placement in PLACEMENTS:
-            arms[name(placement)].append(environment.run(theirs, **placement))
+            figures = environment.run(theirs, processes=placement["processes"], threads=placement["threads"])
+            arms[name(placement)].append(figures)
         for staleness in (0, 1):
             for arm, share in OURS.items():
                 overrides = {"learner.share_prefix": share, "run.max_staleness": staleness}

@@ -169,7 +169,8 @@ def receive_json(num: int, seconds: float) -> Counted:
 
     async def take(request: web.Request) -> web.Response:
         fields = json.loads(await request.read())
-        np.array(fields["token_ids"], np.int32), np.array(fields["logprobs"], np.float32)
+        np.array(fields["token_ids"], np.int32)
+        np.array(fields["logprobs"], np.float32)
         arrived.append(time.perf_counter())
         return web.Response()
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from engine import fusion, parallel
 from engine.config import Config, ConfigError
-from engine.model import build, hidden_states
+from engine.model import backbone, build, hidden_states
 from engine.optimizer import NonFinite, adamw, descend, gradients, learning_rate, square_norm
 from engine.packer import MicroBatch, Update
 from engine.policy import Batch, blocks, recompute_activations
@@ -94,7 +94,7 @@ class Critic:
         self._total_updates = config.run.steps * config.learner.updates_per_step
         self.updates = self.bad_in_a_row = 0
         if config.critic.shared:
-            self._backbone, inner = policy.base_model, []
+            self._backbone, inner = backbone(policy), []
             self._values: Values = Shared(read, _head(policy)).to(device)
         else:
             self._backbone, head = _from_path(config, policy) if config.critic.path else _from_policy(policy)
@@ -222,7 +222,7 @@ def _explained(count: float, total: float, square: float, error: float, square_e
 
 
 def _from_policy(policy: PreTrainedModel) -> tuple[PreTrainedModel, Tensor]:
-    return copy.deepcopy(policy.base_model), _head(policy)
+    return copy.deepcopy(backbone(policy)), _head(policy)
 
 
 def _head(policy: PreTrainedModel) -> Tensor:
@@ -240,11 +240,11 @@ def _from_path(config: Config, policy: PreTrainedModel) -> tuple[PreTrainedModel
         model = build(source, vocab_size=vocab, seed=0, **ids)
     except ConfigError as error:
         raise ConfigError(f"critic.path = {config.critic.path!r}: {error}") from error
-    backbone, head = _from_policy(model)
+    inner, head = _from_policy(model)
     for path in sorted(Path(config.critic.path).glob("*.safetensors")):
         with safe_open(path, "pt") as tensors:
             if HEAD in tensors.keys():  # noqa: SIM118  (no mapping)
                 head = tensors.get_tensor(HEAD).to(head.dtype)
-    if head.shape != (1, backbone.config.get_text_config().hidden_size):
+    if head.shape != (1, inner.config.get_text_config().hidden_size):
         raise ConfigError(f"critic.path = {config.critic.path!r}: its {HEAD} is of shape {tuple(head.shape)}")
-    return backbone, head
+    return inner, head

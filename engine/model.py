@@ -138,6 +138,13 @@ def from_description(files: dict[str, bytes], dtype: str, device: str | torch.de
     return model.eval().requires_grad_(False)
 
 
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head."""
+    inner = model.base_model
+    assert isinstance(inner, PreTrainedModel), f"{type(model).__name__} keeps its layers in a {type(inner).__name__}"
+    return inner
+
+
 def hidden_states(model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor, layout: Attends) -> Tensor:
     """The last hidden states [T, hidden] of one flat forward, before the head; token_ids, position_ids int64 [T].
 

@@ -50,7 +50,7 @@ def matches(
         calls, problem = [], str(error)
     evidence = {"parsed": brief("; ".join(map(str, calls))), "expected": brief(answer)}
     if not wanted:
-        declined = bool(text and text.strip()) and not calls and not OPENED.search(text)
+        declined = text is not None and bool(text.strip()) and not calls and not OPENED.search(text)
         return Verdict(float(declined), declined, evidence=evidence)
     problems = [[mismatch(call, want, schemas) for want in wanted] for call in calls]
     num_matched = pair([[not each for each in row] for row in problems])

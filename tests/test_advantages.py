@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from engine.algorithms.advantages import (
-    ADVANTAGES,
     BY_COMPLETION,
     batch_norm,
     group_mean,
@@ -61,7 +60,7 @@ def test_group_mean_batch_norm_takes_the_groups_mean_first():
 @pytest.mark.parametrize("name", ["group_mean", "group_norm", "leave_one_out"])
 def test_a_uniform_group_and_a_group_of_one_have_no_advantage(name):
     rewards = torch.tensor([0.1, 0.1, 0.1, 7.0], dtype=torch.float64)
-    advantages = ADVANTAGES[name](rewards, torch.tensor([0, 0, 0, 1]))
+    advantages = BY_COMPLETION[name](rewards, torch.tensor([0, 0, 0, 1]))
     torch.testing.assert_close(advantages, torch.zeros(4, dtype=torch.float64), atol=1e-9, rtol=0)
 
 

@@ -12,7 +12,7 @@ from engine.generators.base import Sampled
 from engine.generators.embedded import Embedded, from_files
 from engine.model import build, describe, hidden_states, lm_head, widen_head
 from engine.policy import manifest_of, named_tensors
-from engine.schema import Lease, Prompt, Sampling
+from engine.schema import Lease, LeaseKey, Prompt, Sampling
 from engine.weights import Manifest, WeightsError
 
 CONTEXT, EOS = 48, 1
@@ -273,7 +273,8 @@ def test_cancelling_frees_slots_and_leaves_the_others_right() -> None:
     for group_id in range(4):
         engine.submit(lease(group_id, num_samples=2))
     engine.poll(0.0)
-    for key in (("train", 0, 0), ("train", 3, 0), ("eval", 1, 0), ("train", 2, 1)):
+    over: list[LeaseKey] = [("train", 0, 0), ("train", 3, 0), ("eval", 1, 0), ("train", 2, 1)]
+    for key in over:
         engine.cancel(key)
     assert engine.num_running == 4 and engine.num_free_slots == 0
     finished = drain(engine)

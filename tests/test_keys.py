@@ -6,6 +6,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -84,11 +85,11 @@ def test_weights_are_served_to_who_has_the_key() -> None:
     lock = Lock()
     with closing(Publisher(f"keys-{os.getpid()}", Manifest.of(tensors, torch.float32))) as publisher:
         server = Server(publisher.name, "127.0.0.1", lock)
-        place = {"segment": "", "host": "", "address": f"tcp://127.0.0.1:{server.port}"}
+        subscribed = partial(subscribe, "tcp", segment="", host="", address=f"tcp://127.0.0.1:{server.port}")
         publisher.publish(0, 0, tensors)
         with pytest.raises(WeightsError, match="no answer"):
-            subscribe("tcp", **place, timeout_s=0.3)
-        with closing(subscribe("tcp", **place, timeout_s=5.0, key=lock.key)) as subscriber:
+            subscribed(timeout_s=0.3)
+        with closing(subscribed(timeout_s=5.0, key=lock.key)) as subscriber:
             assert torch.equal(subscriber.stage(0, 0).tensors["w"], tensors[0][1])
         assert lock.num_refused >= 1
         lock.close()
@@ -120,7 +121,7 @@ def test_a_key_is_handed_over_by_a_private_file_or_the_environment(
 # ---- frames that are no messages -------------------------------------------------------------------------------
 
 
-def damaged(whole: list[bytes], draw: random.Random) -> list[bytearray]:
+def damaged(whole: list[bytes], draw: random.Random) -> list[bytes]:
     """`whole` frames after a few of the things that can go wrong with bytes."""
     frames = [bytearray(frame) for frame in whole]
     for _ in range(draw.randint(1, 3)):

@@ -157,7 +157,7 @@ def test_oracles_score_full_and_others_less(task):
 def checks(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
     """`check` of the tasks that are to be tested, in two processes, since it is instances that take time."""
     tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    chosen = [item.callspec.params["task"] for item in tests if "checks" in item.fixturenames]
+    chosen = [str(item.callspec.params["task"]) for item in tests if "checks" in item.fixturenames]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         yield {task: pool.submit(check, task, NUM_INSTANCES) for task in chosen}
         pool.shutdown(cancel_futures=True)

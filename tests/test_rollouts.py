@@ -35,9 +35,9 @@ class Never:
 
 def rollouts(rank: int, num_learners: int) -> Rollouts:
     """Without the process that it would start."""
-    made = object.__new__(Rollouts)
+    made: Any = object.__new__(Rollouts)
     made._deadlines = Deadlines(collective_s=COLLECTIVE_S, evaluate_s=30.0)
-    made._seat: Any = SimpleNamespace(rank=rank, num_learners=num_learners)
+    made._seat = SimpleNamespace(rank=rank, num_learners=num_learners)
     made._stop, made._child, made.generators, made.say = Never(), Never(), [], print
     if rank == 0:
         made._link = Link(ToLearner)
@@ -92,5 +92,6 @@ def test_silence_says_why_no_generator_samples(capsys: pytest.CaptureFixture[str
     with pytest.raises(Silence, match="'before': the coordinator gave no answer for 0.5 s; no generator is a member"):
         mine.evaluation("before")
     link.close()
-    assert mine._child.num_dumps == 1
+    child: Any = mine._child
+    assert child.num_dumps == 1
     assert "evaluation 'before' waits: no generator is a member of the job" in capsys.readouterr().out

@@ -32,7 +32,7 @@ from engine.generators.sglang import SGLang
 from engine.model import build, describe, hidden_states, lm_head
 from engine.policy import manifest_of, named_tensors
 from engine.process import ProcessDied
-from engine.schema import Lease, Prompt, Sampling
+from engine.schema import Lease, LeaseKey, Prompt, Sampling
 from engine.weights import Manifest, Publisher, Subscriber, WeightsError, remove_stale
 from engine.weights.subscribe import SharedSource
 from rewards.table import resolve
@@ -391,7 +391,8 @@ def test_cancelled_leases_end_and_leave_the_others_right(engine: SGLang) -> None
     for group_id in range(4):
         engine.submit(lease(group_id, max_new_tokens=60))
     sampled_tokens(engine, 16)
-    for key in (("train", 0, 0), ("train", 3, 0), ("eval", 1, 0), ("train", 2, 1)):
+    over: list[LeaseKey] = [("train", 0, 0), ("train", 3, 0), ("eval", 1, 0), ("train", 2, 1)]
+    for key in over:
         engine.cancel(key)
     finished = collect(engine, 2)
     assert sorted(finished) == [1, 2] and engine.num_running == 0

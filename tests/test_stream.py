@@ -75,7 +75,8 @@ def test_hub_and_link_exchange_messages_both_ways():
     assert (peer, message.generator) == ("g0", "g0")
     hub.send("g0", Beat())
     assert link.receive(5.0, "test") == Beat()
-    hub.close(), link.close()
+    hub.close()
+    link.close()
 
 
 def test_a_malformed_message_is_counted_and_dropped():
@@ -89,7 +90,8 @@ def test_a_malformed_message_is_counted_and_dropped():
     while hub.malformed < 2 or not heard:
         heard += wait_for(hub)
     assert [message for _, message, _ in heard] == [Request(4)] and hub.malformed == 2
-    hub.close(), link.close()
+    hub.close()
+    link.close()
 
 
 def test_a_taken_port_is_an_error_and_not_a_wait():

@@ -116,7 +116,7 @@ def curves(root: Path, seeds: list[int], num_groups: int) -> Iterator[dict[str, 
     for lost, survival in {"none lost": (1.0, 1.0), "10% and 70% lost": (0.9, 0.3)}.items():
         for mixture in ("static", "adaptive", "deficit"):
             configs = [configure(root, mixture, seed) for seed in seeds]
-            kept = dict(zip(NAMES, survival, strict=True))
+            kept: dict[str, float] = dict(zip(NAMES, survival, strict=True))
             found[f"{mixture}, {lost}"] = [
                 [{"share": share} for share in shares(config, kept, num_groups)] for config in configs
             ]

@@ -31,9 +31,14 @@ class Half:
 class Finder:
     def find_spec(self, name, path=None, target=None):
         spec = PathFinder.find_spec(name, path, target) if name == "engine.generators.guest" else None
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (run(module), wrap(module))
+
+            def run_and_wrap(module):
+                run(module)
+                wrap(module)
+
+            spec.loader.exec_module = run_and_wrap
         return spec
 
 
