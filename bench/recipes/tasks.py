@@ -5,6 +5,9 @@ import math
 from random import Random
 from typing import Any
 
+from rewards.agreement import agreement
+from rewards.verdict import Segment, Verdict
+
 LETTERS = "abcdefgh"
 CHANCES = {  # of a right answer, by the share of the token limit that it takes
     "easy": lambda share: 1 - math.exp(-10 * share),
@@ -42,3 +45,14 @@ def rambling(seed: int, index: int, *, letters: list[int], dots: list[int], slip
 def after_dots(prompt: str, completion: str, answer: str, **fields: Any) -> float:
     """1 where what follows the leading dots is the answer."""
     return float(completion.lstrip(".") == answer)
+
+
+def sound(prompt: str, completion: str, answer: str, *, parts: int, **fields: Any) -> Verdict:
+    """As the reward `agreement` with `parts`, but what breaks off is scored by how much of it is right, not by how far it
+    has come: the letters before the first wrong one by all that stand there."""
+    count = max(1, min(parts, len(completion)))
+    ends = [len(completion) * (part + 1) // count for part in range(count)]
+    scores = [agreement(completion[:end], answer[:end]) if end else 0.0 for end in ends[:-1]]
+    score = agreement(completion, answer)
+    segments = [Segment(end, part) for end, part in zip(ends, [*scores, score], strict=True)]
+    return Verdict(score, completion == answer, segments=segments)
