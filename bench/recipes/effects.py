@@ -153,8 +153,8 @@ def staleness_points() -> list[tuple[str, float, str]]:
 
 
 def staleness(claim: str, rate: float) -> Effect:
-    """Four updates a batch, so that clips and weights have something to do. DAPO without its penalty, which five letters
-    never meet."""
+    """Four updates a batch, so that clips and weights have something to do; DAPO without its penalty, which answers of
+    four letters never meet."""
     common = [
         *(backwards(4, 0.3, words=EXACT), SMALL, "--warm_start.steps=300", "--algorithm.penalties=[]"),
         *("--run.steps=60", "--run.groups_per_step=32", "--run.group_size=8", "--run.max_staleness=32"),
@@ -268,7 +268,7 @@ EFFECTS = {
     ),
     "staleness": staleness("Decoupling, and truncated weights, keep what staleness takes away.", 3e-4),
     "staleness_fast": staleness(
-        "At three times the rate they do not: only a clip against the policy that sampled keeps from running away.", 1e-3
+        "At three times the rate the same; a clip against the policy that sampled is a brake, weights are none.", 1e-3
     ),
     "sampler": Effect(
         "Among what is trained, shares of one half: times of 1 to 10 pass, losses of 10% and 70% only a deficit mends.",

@@ -48,8 +48,8 @@ def after_dots(prompt: str, completion: str, answer: str, **fields: Any) -> floa
 
 
 def sound(prompt: str, completion: str, answer: str, *, parts: int, **fields: Any) -> Verdict:
-    """As the reward `agreement` with `parts`, but what breaks off is scored by how much of it is right, not by how far it
-    has come: the letters before the first wrong one by all that stand there."""
+    """As the reward `agreement` with `parts`, but what breaks off is scored by how much of it is right, not by how far
+    it has come: the letters before the first wrong one by all that stand there."""
     count = max(1, min(parts, len(completion)))
     ends = [len(completion) * (part + 1) // count for part in range(count)]
     scores = [agreement(completion[:end], answer[:end]) if end else 0.0 for end in ends[:-1]]
