@@ -10,12 +10,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean
-from textwrap import fill
 from typing import Any, NamedTuple
 
 import torch
@@ -25,21 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 from bench import results  # noqa: E402
 from bench.recipes import sampler  # noqa: E402
+from bench.recipes.curves import READ, Curves, Points, Rows, Told, draw, values  # noqa: E402
 from bench.recipes.loop import steps  # noqa: E402
 from engine.config import load  # noqa: E402
 
 TINY = ROOT / "configs" / "tiny"
 TASKS = "bench.recipes.tasks:"
-ENDS = 10  # steps at either end that a curve is judged by
-
-Rows = list[dict[str, Any]]  # one a step
-Curves = dict[str, list[Rows]]  # by arm and seed
-READ: dict[str, Callable[[list[float]], float]] = {  # what of a curve is told
-    "first": lambda values: mean(values[:ENDS]),
-    "last": lambda values: mean(values[-ENDS:]),
-    "mean": mean,
-    "total": sum,
-}
 
 
 class Arm(NamedTuple):
@@ -50,12 +40,11 @@ class Arm(NamedTuple):
 
 class Effect(NamedTuple):
     claim: str
-    told: list[tuple[str, str]]  # figure of a step, and what of its curve (see READ); each figure is drawn
+    told: Told
     curves: Callable[
         [list[int], bool], Iterator[Curves]
     ]  # (seeds, quick) -> after each arm all so far, the reference first
-    # Drawn against a number of the arms instead of steps: (name of a line, number, arm) for each of its points.
-    points: Sequence[tuple[str, float, str]] = ()
+    points: Points = ()  # to be drawn instead of curves by step
 
 
 def trained(recipe: str, common: list[str], arms: dict[str, Arm], seeds: list[int], quick: bool) -> Iterator[Curves]:
@@ -83,12 +72,14 @@ def thinking(name: str, chance: str, mark: str, shortest: int, longest: int, lim
     return callable_domain(name, "thinking", options, reward)
 
 
-def backwards(letters: int, slips: float, **rewards: str) -> str:
-    """Domains of so many letters to be spelled backwards, by name and reward. Demonstrations get each letter wrong with
-    a chance of about `slips`: so the start knows the task, and how likely a right answer is, is known."""
+def known(letters: int, slips: float, **rewards: str) -> list[str]:
+    """Domains of so many letters to be spelled backwards, by name and reward, and a start that has learned all there is
+    to learn of demonstrations which get each letter wrong with a chance of about `slips`. So every seed begins alike:
+    it knows the task, and `slips` says how likely a right answer is. 256 answers a step."""
     options = f"{{ letters = [{letters}, {letters}], dots = [0, 0], slips = {slips} }}"
     domains = [callable_domain(name, "rambling", options, reward) for name, reward in rewards.items()]
-    return f"--domains=[{', '.join(domains)}]"
+    size = ["--run.groups_per_step=32", "--run.group_size=8", "--generator.slots=256", "--warm_start.steps=300"]
+    return [f"--domains=[{', '.join(domains)}]", "--model.tokenizer.alphabet=abcdefgh=.", *size]
 
 
 def words(shortest: int, longest: int, **rewards: str) -> str:
@@ -147,7 +138,7 @@ def staleness_arms() -> dict[str, Arm]:
     return {"0 versions": Arm(slots["none"]), **stale}
 
 
-def staleness_points() -> list[tuple[str, float, str]]:
+def staleness_points() -> Points:
     points = [(name, float(lag), f"{lag} versions, {name}") for name in CORRECTIONS for lag in LAGS]
     return [*((name, 0.0, "0 versions") for name in CORRECTIONS), *points]
 
@@ -156,18 +147,31 @@ def staleness(claim: str, rate: float) -> Effect:
     """Four updates a batch, so that clips and weights have something to do; DAPO without its penalty, which answers of
     four letters never meet."""
     common = [
-        *(backwards(4, 0.3, words=EXACT), SMALL, "--warm_start.steps=300", "--algorithm.penalties=[]"),
-        *("--run.steps=60", "--run.groups_per_step=32", "--run.group_size=8", "--run.max_staleness=32"),
-        *("--generator.slots=256", "--learner.updates_per_step=4", f"--learner.lr={rate}"),
+        *(*known(4, 0.3, words=EXACT), "--algorithm.penalties=[]", "--run.steps=60", "--run.max_staleness=32"),
+        *("--learner.updates_per_step=4", f"--learner.lr={rate}"),
     ]
     told = [("reward", "mean"), ("reward", "last"), ("clipped", "mean"), ("effective_sample_size", "mean")]
     return Effect(claim, told, partial(trained, "dapo", common, staleness_arms()), staleness_points())
 
 
-ALONE, SMALL = "--stages=[]", "--model.tokenizer.alphabet=abcdefgh=."
+def dense_arms() -> dict[str, Arm]:
+    """By process, the judge says how far a part has come or how much of it is right: eq. 2 makes different things of
+    the two."""
+    judges = {
+        "sparse throughout": EXACT,
+        "dense by outcome": DENSE,
+        "dense by process, how far": f"{DENSE}, reward_options = {{ parts = 3 }}",
+        "dense by process, how right": f"reward = '{TASKS}sound', reward_options = {{ parts = 3 }}",
+    }
+    return {
+        name: Arm(known(8, 0.6, judged=judge, verified=EXACT), recipe="exprl_process" if "process" in name else "")
+        for name, judge in judges.items()
+    }
+
+
+ALONE = "--stages=[]"
 EXACT, DENSE = "reward = 'exact'", "reward = 'agreement'"
-PARTS = f"{DENSE}, reward_options = {{ parts = 3 }}"
-OPTIONS = "{ letters = [3, 6], dots = [0, 12] }"
+OPTIONS = "{ letters = [4, 4], dots = [0, 20], slips = 0.2 }"
 RAMBLING = callable_domain("words", "rambling", OPTIONS, f"reward = '{TASKS}after_dots'")
 
 EFFECTS = {
@@ -177,10 +181,10 @@ EFFECTS = {
         partial(
             trained,
             "vapo",
-            ["--learner.updates_per_step=4"],
+            [*known(4, 0.3, words=EXACT), "--learner.updates_per_step=4", "--critic.lr=6e-4"],  # twice the policy's
             {
                 "none": Arm(["--critic.pretrain_steps=0", "--run.steps=40"]),
-                "16 steps": Arm(["--critic.pretrain_steps=16", "--run.steps=56"]),
+                "50 takes": Arm(["--critic.pretrain_steps=50", "--run.steps=90"]),
             },
         ),
     ),
@@ -204,14 +208,17 @@ EFFECTS = {
         partial(
             trained,
             "acereason",
-            [ALONE, SMALL, f"--domains=[{RAMBLING}]", "--run.steps=60"],
+            [
+                *(*known(4, 0.3), f"--domains=[{RAMBLING}]", ALONE, "--model.context=40", "--run.steps=60"),
+                "--warm_start.batch_size=128",
+            ],
             {
-                "20 tokens": Arm(["--generator.max_new_tokens=20"]),
-                "8, 14, then 20": Arm(
+                "28 tokens": Arm(["--generator.max_new_tokens=28"]),
+                "10, 18, then 28": Arm(
                     [
-                        "--generator.max_new_tokens=8",
-                        "--schedule=[{ step = 20, generator = { max_new_tokens = 14 } }, "
-                        "{ step = 40, generator = { max_new_tokens = 20 } }]",
+                        "--generator.max_new_tokens=10",
+                        "--schedule=[{ step = 20, generator = { max_new_tokens = 18 } }, "
+                        "{ step = 40, generator = { max_new_tokens = 28 } }]",
                     ]
                 ),
             },
@@ -239,19 +246,7 @@ EFFECTS = {
     "dense_rewards": Effect(
         "Where hardly any answer is right, dense rewards before sparse ones teach what sparse ones alone do not.",
         [("accuracy", "mean"), ("accuracy", "last"), ("reward", "last")],
-        partial(
-            trained,
-            "exprl",
-            [
-                *("--run.steps=70", "--stages.1.run.steps=30", "--run.group_size=8", "--learner.lr=5e-4"),
-                *(SMALL, "--warm_start.steps=40"),
-            ],
-            {
-                "sparse throughout": Arm([backwards(5, 0.0, judged=EXACT, verified=EXACT)]),
-                "dense by outcome": Arm([backwards(5, 0.0, judged=DENSE, verified=EXACT)]),
-                "dense by process": Arm([backwards(5, 0.0, judged=PARTS, verified=EXACT)], recipe="exprl_process"),
-            },
-        ),
+        partial(trained, "exprl", ["--run.steps=70", "--stages.1.run.steps=30"], dense_arms()),
     ),
     "length_penalties": Effect(
         "The difficulty-aware penalty shortens answers as the plain one does, and spares the hard prompts.",
@@ -278,11 +273,7 @@ EFFECTS = {
 }
 
 
-# ---- tables and pictures ---------------------------------------------------------------------------------------
-
-
-def values(rows: Rows, figure: str) -> list[float]:
-    return [row[figure] for row in rows if figure in row]
+# ---- tables --------------------------------------------------------------------------------------------------
 
 
 def table(effect: Effect, found: Curves) -> list[dict[str, Any]]:
@@ -313,64 +304,6 @@ def table(effect: Effect, found: Curves) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(effect: Effect, found: Curves, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = effect.told if effect.points else drawn(effect)
-    width = 4.4 * len(panels) + 2.6
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(width, 3.8), layout="constrained", squeeze=False)
-    figure.suptitle(fill(effect.claim, int(11 * width)), fontsize=11)
-    for axis, (name, read) in zip(axes[0], panels, strict=True):
-        if effect.points:
-            draw_points(axis, effect.points, found, name, read)
-        else:
-            draw_curves(axis, found, name)
-        axis.grid(alpha=0.3)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
-
-
-def drawn(effect: Effect) -> list[tuple[str, str]]:
-    """Each figure once."""
-    return list({figure: (figure, read) for figure, read in effect.told if read != "total"}.values())
-
-
-def draw_curves(axis: Any, found: Curves, name: str) -> None:
-    """The mean over seeds of what a few steps average to, and in pale from the least to the most."""
-    import numpy as np
-
-    for arm, curves in found.items():
-        seeds = np.array([smooth([row.get(name, float("nan")) for row in rows]) for rows in curves])
-        (line,) = axis.plot(seeds.mean(0), label=arm, linewidth=1.6)
-        axis.fill_between(range(seeds.shape[1]), seeds.min(0), seeds.max(0), color=line.get_color(), alpha=0.12)
-    axis.set_title(name.replace("_", " "), loc="left", fontsize=10)
-    axis.set_xlabel("step", fontsize=9)
-
-
-def draw_points(axis: Any, points: Sequence[tuple[str, float, str]], found: Curves, name: str, read: str) -> None:
-    """The mean over seeds of what is told of a figure, and in pale from the least to the most."""
-    for line in dict.fromkeys(line for line, _, _ in points):
-        mine = [(number, [READ[read](values(rows, name)) for rows in found[arm]]) for label, number, arm in points
-                if label == line and arm in found]  # fmt: skip
-        numbers, seeds = [number for number, _ in mine], [each for _, each in mine]
-        (drawn,) = axis.plot(numbers, [mean(each) for each in seeds], label=line, linewidth=1.6, marker="o")
-        low, high = [min(each) for each in seeds], [max(each) for each in seeds]
-        axis.fill_between(numbers, low, high, color=drawn.get_color(), alpha=0.12)
-    axis.set_title(f"{name.replace('_', ' ')}, {read}", loc="left", fontsize=10)
-    axis.set_xlabel("staleness in versions", fontsize=9)
-
-
-def smooth(curve: list[float], width: int = 7) -> list[float]:
-    """Means over the `width` values around each, fewer at the ends."""
-    half = width // 2
-    return [mean(curve[max(0, place - half) : place + half + 1]) for place in range(len(curve))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EFFECTS))
@@ -384,7 +317,7 @@ def main() -> None:
         effect, bench = EFFECTS[name], f"recipes-{name}"
         if arguments.draw:
             path = results.RESULTS / f"{bench}-cpu.json"
-            draw(effect, json.loads(path.read_text())["curves"], path.with_suffix(".png"))
+            picture(effect, json.loads(path.read_text())["curves"], path)
             continue
         seeds = list(range(1 if arguments.quick else arguments.seeds))
         for found in effect.curves(seeds, arguments.quick):
@@ -395,7 +328,11 @@ def keep(bench: str, effect: Effect, found: Curves) -> None:
     curves = {arm: [brief(effect, rows) for rows in curves] for arm, curves in found.items()}
     path = results.keep(bench, "cpu", table(effect, found), claim=effect.claim, curves=curves)
     path.write_text(json.dumps(json.loads(path.read_text())) + "\n")  # curves make it long: one line
-    draw(effect, found, path.with_suffix(".png"))
+    picture(effect, found, path)
+
+
+def picture(effect: Effect, found: Curves, path: Path) -> None:
+    draw(effect.claim, effect.told, effect.points, found, path.with_suffix(".png"))
 
 
 def brief(effect: Effect, rows: Rows) -> Rows:
