@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from jobs import Job
 
 from engine import launch, replay, stages, tokenizer
+from engine.algorithms.method import compose
 from engine.config import Config, Model, Tokenizer, load
 from engine.model import build
 from engine.policy import named_tensors
@@ -75,6 +79,37 @@ def test_a_recipe_is_checked_and_tells_its_plan(name, tmp_path, monkeypatch, cap
         assert f"{num_groups} groups x {size} = {num_groups * size} completions" in text
         assert f"{stage.learner.updates_per_step} update(s)" in text
         assert all(f"{domain.name} by {domain.reward}" in text for domain in stage.domains)
+
+
+ABLATION = re.findall(r"^#   (.*?) +(\d+)   (--.*)$", (CONFIGS / "vapo.toml").read_text(), re.MULTILINE)
+
+
+def test_vapos_file_names_its_papers_seven_ablations():
+    assert [int(score) for _, score, _ in ABLATION] == [11, 33, 45, 46, 53, 54, 55]
+
+
+@pytest.mark.parametrize("overrides", [overrides for *_, overrides in ABLATION])
+def test_the_override_beside_a_part_of_vapo_takes_it_away_alone(overrides):
+    given = shlex.split(overrides)
+    whole, less = load(CONFIGS / "vapo.toml"), load(CONFIGS / "vapo.toml", given)
+    compose(less.algorithm)
+    before, after = values(whole), values(less)
+    fields = tuple(override.removeprefix("--").partition("=")[0] for override in given)
+    differs = [name for name in before | after if before.get(name) != after.get(name)]
+    assert differs and all(name.startswith(fields) for name in differs)
+
+
+def values(config: Config) -> dict[str, Any]:
+    """By dotted name."""
+
+    def walk(table: dict[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{inside}{key}.")
+            else:
+                yield f"{inside}{key}", value
+
+    return dict(walk(msgspec.to_builtins(config)))
 
 
 @pytest.mark.parametrize("name", RECIPES)
