@@ -87,24 +87,24 @@ class Critic:
     def __init__(
         self, config: Config, policy: PreTrainedModel, advantages: Advantages, *, device: torch.device, read: Hidden
     ):
-        """Begins as the model in `critic.path`, or as `policy`, whole and on `device`, with values of 0; where it is
-        shared, `read` gives it what `policy` has."""
+        """Begins as the model in `critic.path`, or as `policy`, not yet sharded, with values of 0; where it is shared,
+        `read` gives it what `policy` has."""
         self._settings, self._advantages, self._device = config.critic, advantages, device
         self._max_bad = config.learner.max_bad_updates
         self._total_updates = config.run.steps * config.learner.updates_per_step
         self.updates = self.bad_in_a_row = 0
         if config.critic.shared:
             self._backbone, inner = backbone(policy), []
-            self._values: Values = Shared(read, _head(policy)).to(device)
+            self._values: Values = Shared(read, _head(policy))
         else:
             self._backbone, head = _from_path(config, policy) if config.critic.path else _from_policy(policy)
-            self._values = Own(fusion.use(self._backbone, config.ops.backend), head).to(device).eval()
+            self._values = Own(fusion.use(self._backbone, config.ops.backend, device), head).eval()
             inner = blocks(self._backbone)
             if config.learner.activation_checkpointing:
                 recompute_activations(self._backbone)
         if parallel.num_ranks() > 1 or device.type == "cuda":
             precision = {"mixed_precision": config.learner.mixed_precision, "exact_root": True}
-            parallel.shard(self._values, inner, **precision)
+            parallel.shard(self._values, inner, device, **precision)
         self._optimizer = adamw(self._values, config.critic)
 
     def is_pretraining(self, step: int) -> bool:
@@ -237,7 +237,7 @@ def _from_path(config: Config, policy: PreTrainedModel) -> tuple[PreTrainedModel
     ids = {"eos_id": policy.config.eos_token_id, "pad_id": policy.config.pad_token_id}
     vocab = policy.config.get_text_config().vocab_size
     try:
-        model = build(source, vocab_size=vocab, seed=0, **ids)
+        model = build(source, vocab_size=vocab, seed=0, empty=parallel.rank() > 0, **ids)
     except ConfigError as error:
         raise ConfigError(f"critic.path = {config.critic.path!r}: {error}") from error
     inner, head = _from_policy(model)

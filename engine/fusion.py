@@ -24,12 +24,13 @@ TOLERANCE = 1e-4  # of the greatest output; transformers computes norms in float
 LENGTHS = (3, 4)  # tokens of the example's two sequences
 
 
-def use(model: PreTrainedModel, backend: str) -> PreTrainedModel:
-    """`model`, in place, as `ops.backend` says: parts replaced where there are faster ones, or all in plain torch."""
+def use(model: PreTrainedModel, backend: str, device: torch.device) -> PreTrainedModel:
+    """`model`, in place, as `ops.backend` says: parts replaced where there are faster ones on `device`, where it is
+    going to compute, or all in plain torch."""
     if backend == "reference":
         model.set_attn_implementation(PLAIN_ATTENTION)
         return model
-    for module in model.modules():
+    for module in model.modules() if device.type == "cpu" else ():
         for part in PARTS:
             if part.fits(module) and has_kernels(module) and agrees(module, part):
                 module.forward = MethodType(_either(part.forward), module)
@@ -37,9 +38,8 @@ def use(model: PreTrainedModel, backend: str) -> PreTrainedModel:
 
 
 def has_kernels(module: nn.Module) -> bool:
-    """By its parameters, of the present moment: mixed precision has others during a forward."""
-    parameter = next(module.parameters())
-    return parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
+    """By its parameters' type of the present moment: mixed precision has others during a forward."""
+    return next(module.parameters()).dtype in (torch.float32, torch.float64)
 
 
 def _either(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,6 +141,8 @@ def agrees(module: nn.Module, part: Part) -> bool:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         twin = copy.deepcopy(module)
+        if next(twin.parameters()).is_meta:
+            twin.to_empty(device="cpu")
         for parameter in twin.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
         arguments, options = part.example(twin)

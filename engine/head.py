@@ -136,9 +136,9 @@ def _known(tokens: Tokens, completions: Segments, omega: Tensor) -> ops.Tokens:
 HEADS: dict[str, type[Head]] = {"fused": Fused, "reference": Reference}
 
 
-def head_of(module: nn.Module, backend: str, temperature: float, method: Method) -> Head:
-    """`module` as `backend` computes it. Warns where the kernels cannot, and takes the reference."""
-    obstacle = _obstacle(module) if backend == "fused" else ""
+def head_of(module: nn.Module, backend: str, device: torch.device, temperature: float, method: Method) -> Head:
+    """`module` as `backend` computes it on `device`. Warns where the kernels cannot, and takes the reference."""
+    obstacle = _obstacle(module, device.type) if backend == "fused" else ""
     if obstacle:
         warnings.warn(f"ops.backend = 'fused': {obstacle}; taking 'reference'", stacklevel=2)
         backend = "reference"
@@ -149,10 +149,9 @@ def is_matrix(module: nn.Module) -> bool:
     return type(module) is nn.Linear and module.bias is None
 
 
-def _obstacle(module: nn.Module) -> str:
-    """Why the kernels cannot compute `module`; empty where they can."""
+def _obstacle(module: nn.Module, device: str) -> str:
+    """Why the kernels cannot compute `module` on `device`; empty where they can."""
     if not is_matrix(module):
         return "the model's head is more than a matrix"
-    device = module.weight.device.type
     built = device == "cpu" or (device == "cuda" and library.cuda_is_built())
     return "" if built else f"there are no kernels for {device}, whose compiler was not found when this was installed"

@@ -131,10 +131,11 @@ def check_method(config: Config, tokens: PreTrainedTokenizerBase) -> Prompts:
     return prompts
 
 
-def _build(config: Config, source: Model, tokens: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that `source` (a [model] table) names, checked for leaks between packed sequences."""
-    policy = build(source, seed=config.run.seed, **tokenizer.vocabulary(tokens))
-    check_isolation(policy)
+def _build(config: Config, source: Model, tokens: PreTrainedTokenizerBase, *, empty: bool = False) -> PreTrainedModel:
+    """The model that `source` (a [model] table) names, checked for leaks between packed sequences unless `empty`."""
+    policy = build(source, seed=config.run.seed, empty=empty, **tokenizer.vocabulary(tokens))
+    if not empty:
+        check_isolation(policy)
     return policy
 
 
@@ -216,7 +217,7 @@ def learner_rank(
     run, begin = open_run(config, place, stop, resume, store)
     join_learners(place, store, config.deadlines.collective_s)
     source = msgspec.structs.replace(config.model, path=str(run.model), init={}) if config.model.init else config.model
-    policy = _build(config, source, tokenizer.load(source))
+    policy = _build(config, source, tokenizer.load(source), empty=place.rank > 0)  # rank 0 gives the others theirs
     job = Job(config, run, place, stop, policy, begin)
     try:
         if store is not None and job.lead:

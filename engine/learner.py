@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint.state_dict as torch_state
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine import fusion, parallel
@@ -48,7 +48,8 @@ class Learner:
     """
 
     def __init__(self, config: Config, model: PreTrainedModel, method: Method, *, device: str, directory: Path):
-        """`model` moves to `device` and is sharded in place; the reference policy is a copy of it as it is now.
+        """`model`, in the host's memory, is sharded to `device` in place; the reference policy is a copy of it as it is
+        now. Ranks other than 0 may give an empty one (engine.model.build).
 
         The batches of skipped updates are kept in `directory`.
         """
@@ -64,8 +65,7 @@ class Learner:
         penalised = method.needs_reference or method.needs_entropy or method.imitation_coefficient != 0
         self._skips_idle = config.ops.health == "trained" and not penalised
         self.model = model
-        nn.Module.to(model.eval(), self._device)  # eval: no dropout, as generators sample without it
-        fusion.use(model, config.ops.backend)
+        fusion.use(model.eval(), config.ops.backend, self._device)  # eval: no dropout, as generators sample without it
         place = partial(self._place, config)
         values = partial(Critic, config, model, method.advantages, device=self._device, read=self._hidden)
         self.critic = values() if method.needs_critic else None
@@ -77,13 +77,13 @@ class Learner:
 
     def _place(self, config: Config, model: PreTrainedModel) -> Policy:
         temperature = config.generator.temperature
-        head = head_of(lm_head(model), config.ops.backend, temperature, self._method)
+        head = head_of(lm_head(model), config.ops.backend, self._device, temperature, self._method)
         if not is_matrix(lm_head(model)) and (Schedule(config).changes_temperature or config.generator.target_entropy):
             raise ConfigError("generator.temperature: may not change, as the model's head is more than a matrix")
         policy = Policy(model, head, temperature)
         if parallel.num_ranks() > 1 or self._device.type == "cuda":
             precision = {"mixed_precision": config.learner.mixed_precision, "exact_root": config.model.fp32_head}
-            parallel.shard(policy, blocks(model), **precision)
+            parallel.shard(policy, blocks(model), self._device, **precision)
         return policy
 
     def _hidden(self, batch: Batch) -> Tensor:

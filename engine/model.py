@@ -72,20 +72,25 @@ AttentionInterface.register(ATTENTION, attention)
 AttentionInterface.register(PLAIN_ATTENTION, partial(attention, plain=True))
 
 
-def build(model: Model, *, vocab_size: int, eos_id: int, pad_id: int, seed: int) -> PreTrainedModel:
-    """The model that `[model]` describes: read from `path`, or new from `init` with weights drawn from `seed`.
+def build(
+    model: Model, *, vocab_size: int, eos_id: int, pad_id: int, seed: int, empty: bool = False
+) -> PreTrainedModel:
+    """The model that `[model]` describes: read from `path`, or new from `init` with weights drawn from `seed`; where
+    it is `empty`, on the meta device, for another rank's values.
 
     Raises `ConfigError` for a model that cannot be read or built, has too few token ids or too short a context.
     """
     dtype = getattr(torch, model.dtype)
     options = {"attn_implementation": ATTENTION, "dtype": dtype}
     try:
-        if model.path:
+        if model.path and not empty:
             policy = AutoModelForCausalLM.from_pretrained(model.path, **options)
+        elif model.path:
+            policy = _empty(AutoConfig.from_pretrained(model.path), dtype)
         else:
             ids = {"vocab_size": vocab_size, "eos_token_id": eos_id, "pad_token_id": pad_id, "bos_token_id": None}
             config = AutoConfig.for_model(**{"max_position_embeddings": model.context, **ids, **model.init})
-            policy = _new(config, dtype, seed)
+            policy = _empty(config, dtype) if empty else _new(config, dtype, seed)
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         field, value = ("model.path", repr(model.path)) if model.path else ("model.init", str(dict(model.init)))
         raise ConfigError(f"{field} = {value}: {' '.join(str(error).split())}") from error
@@ -101,6 +106,11 @@ def _new(config: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+
+
+def _empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        return _new(config, dtype, seed=0)
 
 
 def _check_sizes(policy: PreTrainedModel, model: Model, vocab_size: int) -> None:

@@ -4,7 +4,8 @@ The learners' process group is torch.distributed's default group; no generator i
 rank, whose module stays plain.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def shard(root: nn.Module, blocks: list[nn.Module], *, mixed_precision: bool, exact_root: bool) -> None:
-    """Shards every block and then `root` (embeddings, last norm, head) over all ranks, in place.
+def shard(
+    root: nn.Module, blocks: list[nn.Module], device: torch.device, *, mixed_precision: bool, exact_root: bool
+) -> None:
+    """Moves every block and then `root` (embeddings, last norm, head) to `device`, each sharded over all ranks as it
+    comes there, in place. All ranks get rank 0's values: the others' parameters and buffers may be on the meta device.
 
     Gradients are summed over ranks, not averaged: the loss already divides by the global counts. In mixed precision
     the computation is in bfloat16, the parameters and the reduction of gradients in float32. `exact_root` excepts
@@ -30,7 +34,8 @@ def shard(root: nn.Module, blocks: list[nn.Module], *, mixed_precision: bool, ex
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     parameter = next(root.parameters())
-    mesh = init_device_mesh(parameter.device.type, (num_ranks(),), mesh_dim_names=("learners",))
+    values = {name: tensor.detach() for name, tensor in _tensors(root)}  # FSDP2 exchanges what the parameters hold
+    mesh = init_device_mesh(device.type, (num_ranks(),), mesh_dim_names=("learners",))
     for module in (*blocks, root):
         narrow = mixed_precision and not (exact_root and module is root)
         precision = MixedPrecisionPolicy(
@@ -42,6 +47,29 @@ def shard(root: nn.Module, blocks: list[nn.Module], *, mixed_precision: bool, ex
         sharded = fully_shard(module, mesh=mesh, mp_policy=precision)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows neither averages nor scaled sums
+    if any(tensor.is_meta for tensor in values.values()):
+        root.to_empty(device=device)
+    if num_ranks() > 1:
+        for name, tensor in _tensors(root):
+            _fill(tensor, values.pop(name), device)
+
+
+def _tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(root.named_parameters(), root.named_buffers())
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, value: Tensor, device: torch.device) -> None:
+    """Rank 0's `value`, whole on `device` for a moment, into the others' parts of `tensor`."""
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(device) if rank() == 0 else torch.empty_like(value, device=device)
+    if _is_sharded(tensor):
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements).to_local()  # type: ignore[attr-defined]
+    else:
+        dist.broadcast(value, 0)
+    if rank() > 0:
+        shards(tensor).copy_(value)
 
 
 def barrier() -> None:

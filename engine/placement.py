@@ -127,6 +127,8 @@ def join_learners(seat: Seat, store: dist.Store | None, timeout_s: float) -> Non
     cuda = seat.device.startswith("cuda")
     if seat.num_learners == 1 and not cuda:
         return
+    if cuda:
+        torch.cuda.set_device(seat.device)  # where FSDP2 puts its shards
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=dist.HashStore() if store is None else dist.PrefixStore("learners", store),

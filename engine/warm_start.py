@@ -49,7 +49,7 @@ def warm_start(
         return
     started = time.monotonic()
     say(f"warm start: {config.warm_start.steps} supervised steps of {config.warm_start.batch_size} demonstrations")
-    fusion.use(policy, config.ops.backend)
+    fusion.use(policy, config.ops.backend, policy.device)
     loss = _train(config, policy, tokenizer, Prompts(_demonstrated(config), tokenizer), stop)
     _write(policy, cached)
     say(f"warm start took {time.monotonic() - started:.0f} s, last loss {loss:.3f}; kept as {cached}")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from engine import config as configuration
+from engine import parallel
 from engine.algorithms.method import Method, compose
 from engine.config import Config
 from engine.learner import Learner
@@ -48,7 +49,7 @@ def configure(*overrides: str, model: str = "qwen3", dtype: str = "float64", tie
 
 
 def learner(config: Config, directory: Path, method: Method | None = None) -> Learner:
-    model = build(config.model, vocab_size=VOCAB, eos_id=1, pad_id=0, seed=3)
+    model = build(config.model, vocab_size=VOCAB, eos_id=1, pad_id=0, seed=3, empty=parallel.rank() > 0)
     return Learner(config, model, method or compose(config.algorithm), device="cpu", directory=directory)
 
 

@@ -20,6 +20,7 @@ SHAPES = {
     "gemma": {"model_type": "gemma", "num_key_value_heads": 4, "head_dim": 8, "attention_dropout": 0.0},
 }
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+CPU = torch.device("cpu")
 LENGTHS, PREFIX = [5, 3, 0, 70, 1, 8], [-1, 0, 0, 0, -1, 4]
 BOUNDS = np.cumsum([0, *LENGTHS])
 
@@ -55,17 +56,17 @@ def replaced(model: nn.Module) -> set[str]:
 def test_a_model_computes_the_same_with_its_parts_replaced(shape, parts):
     model = make(shape)
     plain = run(model)
-    assert replaced(fusion.use(model, "fused")) == parts
+    assert replaced(fusion.use(model, "fused", CPU)) == parts
     for ours, theirs in zip(run(model), plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # transformers rounds norms to float32
 
 
 def test_the_reference_is_plain_torch(monkeypatch):
     model = make("qwen3")
-    fast = run(fusion.use(make("qwen3"), "fused"))
+    fast = run(fusion.use(make("qwen3"), "fused", CPU))
     for operator in ("norm", "swiglu", "attention", "decode"):
         monkeypatch.setattr(ops, operator, None)
-    for ours, theirs in zip(fast, run(fusion.use(model, "reference")), strict=True):
+    for ours, theirs in zip(fast, run(fusion.use(model, "reference", CPU)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -89,11 +90,11 @@ def test_a_module_that_computes_something_else_stays_as_it_is():
     config = make("llama").config
     norms = [OffsetRMSNorm(8), SquareEpsilonRMSNorm(8)]
     modules = nn.ModuleList([*norms, TwiceMLP(config), LlamaRMSNorm(8), LlamaMLP(config)])
-    assert replaced(fusion.use(modules, "fused")) == {"LlamaRMSNorm", "LlamaMLP"}  # pyright: ignore[reportArgumentType]
+    assert replaced(fusion.use(modules, "fused", CPU)) == {"LlamaRMSNorm", "LlamaMLP"}  # pyright: ignore[reportArgumentType]
 
 
 def test_numbers_of_half_precision_go_the_module_s_own_way():
-    model = fusion.use(make("qwen3", "float32"), "fused")
+    model = fusion.use(make("qwen3", "float32"), "fused", CPU)
     assert replaced(model)
     plain = make("qwen3", "float32")
     for each in (model, plain):

@@ -16,6 +16,7 @@ from engine.algorithms.method import Method, Tokens, compose
 from engine.config import Algorithm
 from engine.head import Fused, Reference, head_of
 
+CPU = torch.device("cpu")
 VOCAB, WIDTH, LENGTHS = 37, 12, [3, 1, 0, 4, 7]
 COUNTS = {"num_tokens": 20, "num_sequences": 6}
 ARGUMENTS = {"cispo": {"high": 0.3}, "gspo": {"low": 0.1, "high": 0.1}, "gspo_token": {"low": 0.1, "high": 0.1}}
@@ -114,19 +115,19 @@ def test_without_tokens_the_gradient_is_zero() -> None:
 def test_a_head_with_a_bias_goes_to_the_reference_and_is_warned_of() -> None:
     biased = nn.Linear(WIDTH, VOCAB)
     with pytest.warns(UserWarning, match="ops.backend = 'fused'"):
-        assert isinstance(head_of(biased, "fused", 1.0, method()), Reference)
+        assert isinstance(head_of(biased, "fused", CPU, 1.0, method()), Reference)
 
 
 def test_a_device_without_kernels_goes_to_the_reference_and_is_warned_of() -> None:
-    elsewhere = nn.Linear(WIDTH, VOCAB, bias=False, device="meta")
+    plain = nn.Linear(WIDTH, VOCAB, bias=False)
     with pytest.warns(UserWarning, match="no kernels for meta"):
-        assert isinstance(head_of(elsewhere, "fused", 1.0, method()), Reference)
+        assert isinstance(head_of(plain, "fused", torch.device("meta"), 1.0, method()), Reference)
 
 
 def test_a_plain_head_goes_where_it_is_told(recwarn: pytest.WarningsRecorder) -> None:
     plain = nn.Linear(WIDTH, VOCAB, bias=False)
-    assert isinstance(head_of(plain, "fused", 1.0, method()), Fused)
-    assert isinstance(head_of(plain, "reference", 1.0, method()), Reference)
+    assert isinstance(head_of(plain, "fused", CPU, 1.0, method()), Fused)
+    assert isinstance(head_of(plain, "reference", CPU, 1.0, method()), Reference)
     assert not recwarn.list
 
 

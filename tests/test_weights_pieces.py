@@ -51,7 +51,7 @@ def publish_on_rank(rank: int, name: str, blind: bool, delta: bool) -> tuple[lis
     """Three versions: what rank 0 staged of each (name -> tensor, bytes) beside the truth; digests and delta bytes on
     this rank. `blind`: the last rank does not see rank 0's memory."""
     root = model()
-    parallel.shard(root, list(root.children()), mixed_precision=False, exact_root=False)
+    parallel.shard(root, list(root.children()), torch.device("cpu"), mixed_precision=False, exact_root=False)
     manifest = Manifest.of(named_tensors(root), torch.bfloat16)
     if blind and rank == parallel.num_ranks() - 1:
         publish._joined = lambda name: None

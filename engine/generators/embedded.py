@@ -380,7 +380,8 @@ def from_files(config: Config, files: dict[str, bytes], tokenizer: "PreTrainedTo
     """The embedded generator of a job, from what `Welcome` carries."""
     device = config.generator.device
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model = fusion.use(from_description(files, config.generator.dtype, device), config.ops.backend)
+    model = from_description(files, config.generator.dtype, device)
+    fusion.use(model, config.ops.backend, model.device)
     if config.model.fp32_head:
         widen_head(model)
     return Embedded(
