@@ -8,6 +8,7 @@ tables merge key by key, lists and slots are replaced.
 # pyright: reportGeneralTypeIssues=false
 # (msgspec hands `frozen` down to subclasses; pyright wants each to repeat it.)
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -355,21 +356,22 @@ def parse(table: dict[str, Any]) -> Config:
         config = convert(table, Config)
     except Misfit as error:
         raise ConfigError(str(error)) from error
-    config = with_templates(config)
+    config = resolved(config)
     check(config)
     return config
 
 
-def with_templates(config: Config) -> Config:
-    """`config` with the text of each template whose file it names, so that it needs no file but those of the data."""
+def resolved(config: Config) -> Config:
+    """`config` with the text of each template whose file it names, and ~ in a model's path as what it stands for."""
     domains = [
         msgspec.structs.replace(domain, template=_text(f"domains.{number}.template", domain.template, ("{prompt}",)))
         for number, domain in enumerate(config.domains)
     ]
-    chat = config.model.chat_template and _text("model.chat_template", config.model.chat_template, ("{{", "{%"))
-    return msgspec.structs.replace(
-        config, domains=domains, model=msgspec.structs.replace(config.model, chat_template=chat)
-    )
+    model, critic = config.model, config.critic
+    chat = model.chat_template and _text("model.chat_template", model.chat_template, ("{{", "{%"))
+    model = msgspec.structs.replace(model, path=os.path.expanduser(model.path), chat_template=chat)
+    critic = msgspec.structs.replace(critic, path=os.path.expanduser(critic.path))
+    return msgspec.structs.replace(config, domains=domains, model=model, critic=critic)
 
 
 def _text(field: str, template: str, marks: tuple[str, ...]) -> str:
@@ -400,8 +402,6 @@ def check(config: Config) -> None:
         )
     if config.generator.engine == "embedded" and config.generator.gpus != 1:
         raise ConfigError(f"generator.gpus = {config.generator.gpus}: more than 1 needs generator.engine = 'sglang'")
-    if config.generator.engine == "sglang" and config.model.fp32_head and config.generator.dtype != "float32":
-        raise ConfigError("model.fp32_head = true: SGLang keeps its head in generator.dtype, so that must be float32")
     if (config.weights.route == "disk") != bool(config.weights.directory):
         directory = config.weights.directory
         raise ConfigError(f"weights.directory = {directory!r}: is needed where weights.route = 'disk', and only there")

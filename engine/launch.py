@@ -26,6 +26,7 @@ from engine import checkpoint, keys, plan, stages, tokenizer, warm_start
 from engine.algorithms.method import compose
 from engine.config import Config, ConfigError, Model, load
 from engine.generators.table import check_generator
+from engine.hub import check_model
 from engine.learner_loop import Job, Mismatch, learn
 from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
@@ -102,6 +103,8 @@ def tell(error: Exception) -> None:
 def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> None:
     """All that can be known before anything is made; on rank 0 alone. Raises `ConfigError`."""
     tokens = tokenizer.load(config.model)
+    if config.critic.path:
+        check_model("critic.path", config.critic.path)
     check_devices(config, place)
     check_generator(config)
     check_port(config)

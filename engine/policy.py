@@ -135,7 +135,9 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def manifest_of(model: PreTrainedModel, config: Config) -> Manifest:
-    """How the model's weights travel: in the generators' dtype, the head in float32 where that is asked for."""
-    head = {id(tensor) for tensor in lm_head(model).parameters()} if config.model.fp32_head else ()
+    """How the model's weights travel: in the generators' dtype, the head in float32 where that is asked for and kept:
+    SGLang computes it in float32 from a weight in the generators' dtype."""
+    keeps = config.model.fp32_head and config.generator.engine == "embedded"
+    head = {id(tensor) for tensor in lm_head(model).parameters()} if keeps else ()
     wide = [name for name, tensor in model.named_parameters() if id(tensor) in head]
     return Manifest.of(named_tensors(model), getattr(torch, config.generator.dtype), wide=wide)

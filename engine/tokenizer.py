@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from engine.config import ConfigError, Model, Tokenizer
+from engine.hub import check_model
 from rewards.spelling import suggestion
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def load(model: Model) -> "PreTrainedTokenizerBase":
 
 
 def _read(model: Model) -> "PreTrainedTokenizerBase":
+    check_model("model.path", model.path)
     from transformers import AutoTokenizer
 
     try:

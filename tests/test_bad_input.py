@@ -6,9 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 from refused import SMALL, check
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -154,9 +157,33 @@ def test_model_without_an_end_of_sequence(refusal, tmp_path: Path) -> None:
 
 
 def test_model_that_is_not_there(refusal, tmp_path: Path) -> None:
-    assert f"model.path = '{tmp_path}/none': no tokenizer" in refusal(
-        "--model.init={}", f"--model.path={tmp_path}/none"
-    )
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for path, why in (
+        (f"{tmp_path}/none", "no such directory; allowed are a model's directory and a hub id, org/name"),
+        (f"{tmp_path}/file", "no such directory"),
+        ("./none/at/all", "no such directory"),
+        (f"{tmp_path}/empty", "no model in Hugging Face format: the directory has no config.json"),
+        ("Qwen//Qwen3", "no such directory"),
+    ):
+        assert refusal("--model.init={}", f"--model.path={path}").startswith(f"model.path = '{path}': {why}")
+    line = refusal(f"--critic.path={tmp_path}/none", "--algorithm.advantage={ name = 'gae' }")
+    assert line.startswith(f"critic.path = '{tmp_path}/none': no such directory")
+
+
+def test_model_that_the_hub_does_not_have_or_that_cannot_be_asked(refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    begin = time.monotonic()
+    line = refusal("--model.init={}", "--model.path=nobody/none")
+    assert line.startswith("model.path = 'nobody/none': no such directory, not in the hub's cache, and http://127.0.0.1:9")
+    assert time.monotonic() - begin < 20.0  # not after the hub's own retries
+
+    def unknown(*_: object, **__: object) -> None:
+        raise RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "http://x")))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unknown)
+    line = refusal("--model.init={}", "--model.path=nobody/none")
+    assert line == "model.path = 'nobody/none': neither a directory here nor a model on http://127.0.0.1:9"
 
 
 def test_model_without_weights(refusal, tmp_path: Path) -> None:

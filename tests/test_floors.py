@@ -61,7 +61,7 @@ FLOORS = [
         "engine.algorithms",
         "engine.ops",
     },
-    {"engine.schema", "engine.keys", "engine.config", "engine.schedule", "engine.process"},
+    {"engine.schema", "engine.keys", "engine.config", "engine.schedule", "engine.process", "engine.hub"},
     {"rewards"},
 ]
 

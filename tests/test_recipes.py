@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import string
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,30 @@ def test_prompts_are_those_that_the_papers_publish(name, asked):
     tokens.chat_template = chat
     (domain,) = [domain for domain in config.domains if domain.reward == "math"]
     assert tokenizer.render(tokens, "6*7?", domain.template, domain.system).startswith(asked)
+
+
+def test_a_node_of_gpus_is_planned_with_a_model_and_data_of_ones_own(tmp_path, monkeypatch, capsys):
+    write_model(tmp_path / "Qwen3")
+    for name in ("train", "aime"):
+        (tmp_path / f"{name}.jsonl").write_bytes(msgspec.json.encode({"prompt": f"{name}: 6*7?", "answer": "42"}))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    ours = {
+        "model.path": tmp_path / "Qwen3",
+        "domains.0.path": tmp_path / "train.jsonl",
+        "domains.0.eval_path": tmp_path / "aime.jsonl",
+        "generator.sglang.python": sys.executable,
+        "run.root": tmp_path,
+    }
+    arguments = [f"--{field}={value}" for field, value in ours.items()]
+    assert launch.main([str(CONFIGS / "node.toml"), "--dry-run", *arguments]) == 0, capsys.readouterr().err
+    plan = capsys.readouterr().out
+    for part in (
+        "4 learner rank(s), 4 generator(s) of 256 slots",
+        "1 held-out prompts x 32",
+        "group_norm, overlong (limit 8192, buffer 2048), tis (cap 2.0), ppo_clip (low 0.2, high 0.28), token_mean",
+        "64 groups x 16 = 1024 completions, at most 8,388,608 answer tokens, 4 update(s)",
+        "(max_staleness 4 + 1) x 64 = 320 groups at once",
+        "train: 6*7?",
+    ):
+        assert part in plan, plan

@@ -75,6 +75,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     tokenizer = made(alphabet="01")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
         tokenizers.load(Model(path=str(tmp_path), context=32))
 

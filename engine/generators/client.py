@@ -9,7 +9,7 @@ import aiohttp
 import msgspec
 import torch
 
-from engine.config import ConfigError
+from engine.config import Config, ConfigError
 
 LOADER = "engine.generators.guest.load"  # SGLang imports it by this path
 
@@ -122,14 +122,20 @@ class Client:
         return body
 
 
-def check_served(info: dict[str, Any], deterministic: bool) -> None:
+# What a server must have been started with, by the field that asks for it.
+FLAGS = {
+    "generator.sglang.deterministic": ("enable_deterministic_inference", lambda c: c.generator.sglang.deterministic),
+    "model.fp32_head": ("enable_fp32_lm_head", lambda c: c.model.fp32_head and c.generator.dtype != "float32"),
+}
+
+
+def check_served(info: dict[str, Any], config: Config) -> None:
     """Raises `ConfigError` for a server that cannot be used, or not as wanted, by what it says of itself."""
     if LOADER not in (info.get("custom_weight_loader") or ()):
         raise ConfigError(
             f"generator.sglang.url: the server there was not started with --custom-weight-loader {LOADER}"
         )
-    if deterministic and not info["enable_deterministic_inference"]:
-        raise ConfigError(
-            "generator.sglang.deterministic = true: the server at generator.sglang.url was not started with "
-            "--enable-deterministic-inference"
-        )
+    for field, (name, asked) in FLAGS.items():
+        if asked(config) and not info.get(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{field} = true: the server at generator.sglang.url was not started with {flag}")

@@ -28,6 +28,7 @@ OWNED = (
     "custom_weight_loader",
     "tp_size",
     "enable_deterministic_inference",
+    "enable_fp32_lm_head",
 )
 # The attention backends with which it does so; SGLang 0.5.18 ends at its start with another, and has none for CPUs.
 DETERMINISTIC = ("ascend", "fa3", "fa4", "flashinfer", "triton")
@@ -62,6 +63,7 @@ class Server:
             "custom_weight_loader": [LOADER],
             "tp_size": config.generator.gpus,
             "enable_deterministic_inference": spec.deterministic,
+            "enable_fp32_lm_head": config.model.fp32_head,
         }
         environment = {**child_environment(threads, []), **ENVIRONMENT, **spec.environment}
         environment["PYTHONPATH"] = os.pathsep.join([*map(os.path.abspath, spec.path), str(ROOT)])

@@ -232,7 +232,7 @@ class SGLang:
         info = await self._greeting()
         self._num_ranks = int(info["tp_size"])
         self._seeded = bool(info["enable_deterministic_inference"])
-        check_served(info, spec.deterministic)
+        check_served(info, self._config)
 
     async def _greeting(self) -> dict[str, Any]:
         """What the server says of itself, once it says anything."""
