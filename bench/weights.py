@@ -1,7 +1,7 @@
 """How fast do weights reach a generator, and how long does it stand still? python bench/weights.py [--quick]
 
-full     a version staged whole, by shared memory, TCP, encrypted TCP and disk: payload bytes a second, its checksum
-         verified; and published, which casts and sums
+full     a version staged whole, by shared memory, TCP, encrypted TCP, a broadcast by gloo and disk: payload bytes a
+         second, its checksum verified; and published, which casts and sums
 delta    the same where a step changed one weight in a hundred, over TCP: bytes that travel, against the whole; and
          published, which compares
 dense    published where half of the weights change, so that comparing them is seldom tried
@@ -45,6 +45,7 @@ from engine.model import build  # noqa: E402
 from engine.policy import named_tensors  # noqa: E402
 from engine.schema import Lease, Prompt, Sampling  # noqa: E402
 from engine.weights import Manifest, Publisher, Server, Subscriber, subscribe  # noqa: E402
+from engine.weights.collective import Broadcaster  # noqa: E402
 from engine.weights.subscribe import SharedSource  # noqa: E402
 
 ROUNDS, QUICK_ROUNDS = 7, 3
@@ -63,10 +64,11 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def serve(name: str, encrypted: bool, pipe: Any) -> None:
+def serve(name: str, route: str, pipe: Any) -> None:
     """The coordinator's part: the weights server in a process of its own."""
-    lock = Lock() if encrypted else None
-    server = Server(name, "127.0.0.1", lock)
+    lock = Lock() if route == "tcp encrypted" else None
+    caller = Broadcaster(name, "127.0.0.1", step_s=10.0, whole_s=60.0) if route == "collective" else None
+    server = Server(name, "127.0.0.1", lock, caller)
     pipe.send((server.port, None if lock is None else lock.key))
     pipe.recv()
     if lock is not None:
@@ -224,14 +226,15 @@ def _places(stack: ExitStack, name: str, folder: str) -> dict[str, Any]:
         "shm": {"route": "shm", "address": ""},
         "disk": {"route": "disk", "address": "", "directory": folder},
     }
-    for route, encrypted in (("tcp", False), ("tcp encrypted", True)):
+    for route in ("tcp", "tcp encrypted", "collective"):
         ours, theirs = _spawn.Pipe()
-        process = _spawn.Process(target=serve, args=(name, encrypted, theirs), daemon=True)
+        process = _spawn.Process(target=serve, args=(name, route, theirs), daemon=True)
         process.start()
         stack.callback(ours.close)
         stack.callback(process.kill)
         port, key = ours.recv()
-        places[route] = {"route": "tcp", "address": f"tcp://127.0.0.1:{port}", "key": key}
+        kind = route.removesuffix(" encrypted")
+        places[route] = {"route": kind, "address": f"tcp://127.0.0.1:{port}", "key": key}
     for route, place in places.items():
         place.update(segment=f"{name}-disk" if route == "disk" else name, host="", timeout_s=60.0)
         place["subscriber"] = stack.enter_context(closing(subscribe(**place)))
@@ -277,6 +280,8 @@ def table(figures: dict[str, list[float]], size: int) -> list[dict[str, Any]]:
         results.row("tcp encrypted", "GB/s", rate("tcp encrypted full"), rate("tcp stream"), "loopback stream", None),
         results.row("disk, written and read", "GB/s", disk, rate("torch.save"), "torch.save and load", None),
         results.row("shm, staged whole", "GB/s", rate("shm full"), rate("gloo"), "gloo, by tensor", None),
+        results.row("collective by gloo", "GB/s", rate("collective full"), rate("gloo"), "gloo, by tensor", None),
+        results.row("collective by gloo", "GB/s", rate("collective full"), rate("tcp stream"), "loopback stream", None),
         results.row("shm, staged whole", "GB/s", rate("shm full"), rate("pickled"), "pickled, by tensor", None),
         results.row("published whole", "GB/s", rate("publish full"), rate("memcpy"), "memcpy", None),
         results.row("published with delta of 1%", "GB/s", rate("publish delta"), rate("memcpy"), "memcpy", None),

@@ -71,6 +71,8 @@ class Actor:
             timeout_s=config.deadlines.publish_s,
             memory=self._generator.memory,
             key=key,
+            broadcast_s=config.deadlines.broadcast_s,
+            device=config.generator.device,
         )
         if self._generator.manifest is not None:
             self._generator.manifest.require(weights.manifest)

@@ -37,6 +37,7 @@ Decay = Annotated[float, Meta(ge=0, lt=1)]
 Mass = Annotated[float, Meta(gt=0, le=1)]
 Text = Annotated[str, Meta(min_length=1)]
 OF_GROUPS = ("group_mean", "group_norm", "leave_one_out")  # advantages against the others of the group
+Route = Literal["auto", "shm", "tcp", "disk", "collective"]  # of weights; see engine.weights
 Slot = dict[str, Any]  # {name = "...", keyword arguments of the function}: checked against its signature at launch
 
 
@@ -196,7 +197,8 @@ class Ops(Struct):
 
 
 class Weights(Struct):
-    route: Literal["auto", "shm", "tcp", "disk"] = "auto"
+    # "auto": shm on the learner's host, else tcp. "collective": broadcast by NCCL or gloo, on trusted networks alone
+    route: Route = "auto"
     directory: str = ""  # disk: seen by learner and generators under this path
     delta: bool = True  # only what changed travels, where weights travel as bfloat16 and little did
 
@@ -233,6 +235,7 @@ class Deadlines(Struct):
     group_s: Positive = 1800.0  # a lease held for so long is taken back
     take_s: Positive = 3600.0  # the learner for its next groups
     publish_s: Positive = 60.0  # a generator until it applied a version, or it leaves routing
+    broadcast_s: Positive = 10.0  # a broadcast of weights for each of its steps; what it does not bring comes by TCP
     evaluate_s: Positive = 3600.0
     reward_s: Positive = 10.0  # one completion's reward
     judge_s: Positive = 600.0  # one that waits for others, a judge on the network say, its turn there included
@@ -405,6 +408,11 @@ def check(config: Config) -> None:
     if (config.weights.route == "disk") != bool(config.weights.directory):
         directory = config.weights.directory
         raise ConfigError(f"weights.directory = {directory!r}: is needed where weights.route = 'disk', and only there")
+    if config.weights.route == "collective" and not config.placement.trusted:
+        raise ConfigError(
+            "weights.route = 'collective': neither NCCL nor gloo encrypts or asks for a key, so that needs "
+            "placement.trusted = true"
+        )
     if 3 * config.deadlines.heartbeat_s > config.deadlines.lease_s:
         raise ConfigError(
             f"deadlines.lease_s = {config.deadlines.lease_s}: must be at least 3 * deadlines.heartbeat_s = "

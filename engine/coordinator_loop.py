@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from engine.schema import (
 from engine.scores import scheduled_shape
 from engine.snapshot import SNAPSHOT, digest
 from engine.stream import Hub, Link, Pump, Tap
+from engine.weights.collective import WHOLE, Broadcaster
 from engine.weights.segment import host_id
 from engine.weights.tcp import Server
 
@@ -69,8 +71,8 @@ class CoordinatorLoop:
         self._link = Link(FromLearner, connect=learner)
         self._lock = None if config.placement.trusted else Lock()
         self._hub = Hub(config.placement.bind, config.placement.port, FromGenerator, self._lock)
-        self._weights = Server(segment, config.placement.bind, self._lock)
-        self._num_refused = 0
+        self._weights = Server(segment, config.placement.bind, self._lock, broadcaster(config, segment))
+        self._noted: Counter[str] = Counter()  # by event
         if self._lock is not None:
             self._lock.key.write(run.key)
         self._ledger = Ledger(run.ledger)
@@ -111,7 +113,7 @@ class CoordinatorLoop:
             now = time.monotonic()
             for line in self._coordinator.tick(now):
                 print(line, flush=True)
-            self._count_strangers()
+            self._note_failures()
             self._answer(now)
             self._complain(now)
             for generator, leases in self._coordinator.grants(now).items():
@@ -127,13 +129,15 @@ class CoordinatorLoop:
         self._link.close()
         self._weights.close()
 
-    def _count_strangers(self) -> None:
-        """Notes connections without the job's key, and frames that are no message."""
+    def _note_failures(self) -> None:
+        """Notes connections without the job's key, frames that are no message, and broadcasts that broke."""
         refused = self._hub.malformed + self._weights.num_refused + (self._lock.num_refused if self._lock else 0)
-        if refused > self._num_refused:
-            with self._ledger.transaction():
-                self._ledger.event("refused", detail=f"{refused - self._num_refused} connections or messages")
-            self._num_refused = refused
+        found = {"refused": (refused, "connections or messages"), "broken": (self._weights.num_broken, "broadcasts")}
+        for event, (number, what) in found.items():
+            if number > self._noted[event]:
+                with self._ledger.transaction():
+                    self._ledger.event(event, detail=f"{number - self._noted[event]} {what}")
+                self._noted[event] = number
 
     # ---- generators ----
 
@@ -253,6 +257,14 @@ class CoordinatorLoop:
 
     def _record(self, record: TapRecord) -> None:
         self._tap.append(encode(record))
+
+
+def broadcaster(config: Config, segment: str) -> Broadcaster | None:
+    """What broadcasts the weights, where the configuration wants that."""
+    if config.weights.route != "collective":
+        return None
+    step_s, whole_s = config.deadlines.broadcast_s, WHOLE * config.deadlines.publish_s
+    return Broadcaster(segment, config.placement.bind, step_s=step_s, whole_s=whole_s, device=config.learner.device)
 
 
 def main() -> int:

@@ -1,5 +1,11 @@
 """The same mathematics on a GPU as on a CPU; run by bench/gpu.sh where there is one."""
 
+import multiprocessing
+import os
+import signal
+import time
+from contextlib import ExitStack, closing
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +19,9 @@ from engine.learner import Learner
 from engine.model import build
 from engine.packer import pack
 from engine.schema import Group, Lease, Prompt, Sampling
+from engine.weights import Manifest, Publisher, Server, collective, subscribe
+from engine.weights.collective import Broadcaster
+from engine.weights.group import Nccl
 from rewards.verdict import Verdict
 
 pytestmark = pytest.mark.gpu
@@ -144,3 +153,83 @@ def test_the_learner_agrees_with_the_generator_and_trains(one_rank, tmp_path, mi
     report = learner.step(packed(groups))
     assert report["skipped_updates"] == 0 and np.isfinite(report["grad_norm"])
     assert any(not torch.equal(before[name], tensor) for name, tensor in learner.weights())
+
+
+NAME = f"gpu-{os.getpid()}"
+PIECE_BYTES = 1 << 20
+WEIGHTS = Manifest.lay_out([("a", (1000, 1000), torch.float32), ("b", (7,), torch.float32)])  # 4 pieces
+WAIT_S = 120.0
+
+
+def weights_of(version):
+    return [(entry.name, torch.full(entry.shape, float(version))) for entry in WEIGHTS.entries]
+
+
+def stage_by_nccl(pipe, segment, port):
+    """A generator's process: stages what the pipe says, (version, piece at which to die), and says what it has."""
+    Nccl.piece_bytes = PIECE_BYTES
+    landed, left = Nccl.landed, 0
+
+    def dying(self, slot, num_bytes):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return landed(self, slot, num_bytes)
+
+    Nccl.landed = dying
+    place = {"segment": segment, "host": "", "address": f"tcp://127.0.0.1:{port}", "timeout_s": WAIT_S}
+    with closing(subscribe("collective", broadcast_s=WAIT_S / 4, device="cuda", **place)) as subscriber:
+        pipe.send("here")
+        while True:
+            version, left = pipe.recv()
+            staged = subscriber.stage(0, version)
+            values = {tensor.unique().item() for tensor in staged.tensors.values()}
+            source = subscriber._source
+            pipe.send((staged.digest, values, source.num_received, type(source._group).__name__))
+
+
+def test_weights_travel_by_nccl_and_outlive_a_generator(monkeypatch):
+    if torch.cuda.nccl.version() < (2, 30):
+        pytest.skip(f"NCCL {torch.cuda.nccl.version()} has no two ranks on one GPU: 2.30 does")
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    monkeypatch.setattr(Nccl, "piece_bytes", PIECE_BYTES)
+    monkeypatch.setattr(collective, "GATHER", 0.1)
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+
+    def generator(stack, port):
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=stage_by_nccl, args=(theirs, NAME, port), daemon=True)
+        process.start()
+        stack.callback(process.kill)
+        theirs.close()
+        assert ours.poll(WAIT_S) and ours.recv() == "here"
+        return ours
+
+    def staged(pipe, version):
+        """How many broadcasts have brought this generator something."""
+        digest = publisher.publish(0, version, weights_of(version))
+        pipe.send((version, 0))
+        assert pipe.poll(WAIT_S)
+        found, values, num_received, kind = pipe.recv()
+        assert (found, values, kind) == (digest, {float(version)}, "Nccl" if num_received else "NoneType")
+        return num_received
+
+    with ExitStack() as stack:
+        publisher = stack.enter_context(closing(Publisher(NAME, WEIGHTS)))
+        source = Broadcaster(NAME, "127.0.0.1", step_s=10.0, whole_s=60.0, device="cuda")
+        server = stack.enter_context(closing(Server(NAME, "127.0.0.1", caller=source)))
+        pipe = generator(stack, server.port)
+        assert [staged(pipe, version) for version in (1, 2, 3)] == [1, 2, 3]
+        assert source._epoch == 1
+        publisher.publish(0, 4, weights_of(4))
+        pipe.send((4, 2))
+        with pytest.raises(EOFError):
+            pipe.poll(WAIT_S)
+            pipe.recv()
+        begin = time.monotonic()
+        while not source.num_broken:  # its wait for the dead one ends
+            assert time.monotonic() - begin < WAIT_S
+            time.sleep(0.1)
+        pipe = generator(stack, server.port)
+        assert [staged(pipe, version) for version in (5, 6)] == [1, 2]

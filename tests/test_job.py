@@ -205,6 +205,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     """Two learner ranks and a generator's, without an end; the tests below disturb it one after the other."""
     folder = tmp_path_factory.mktemp("running")
     options = ("--placement.learners=2", "--checkpoint.every=5", "--evaluation.every=4")
+    options = (*options, "--weights.route=collective", "--placement.trusted=true")
     with Job(folder / f"running-{os.getpid()}", *ENDLESS, *options, ranks=3) as job:
         job.until(lambda: job.version >= 2, "step 2")
         yield job
@@ -288,6 +289,11 @@ def test_generator_child_that_dies_is_started_again(running: Job) -> None:
     running.until(lambda: running.pids("generator") not in ([], [child]), "another child")
     running.until(lambda: running.logged("coordinator").count("generator-rank-2 joined") == 2, "its joining again")
     goes_on(running)
+
+
+def test_broadcasts_go_to_whoever_is_there(running: Job) -> None:
+    text = running.logged("coordinator")
+    assert "to 1 generators by gloo" in text and "to 2 generators by gloo" in text
 
 
 def test_learner_rank_that_dies_ends_the_job_which_can_be_resumed(running: Job) -> None:

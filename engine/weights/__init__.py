@@ -18,6 +18,12 @@ generator is on one whole version, tokens say on which, and the tickets bound ho
 late stages the newest in full. One that does not apply a version within `deadlines.publish_s` is left out (engine.
 roster) until it does. One whose `load` fails, and may hold a mixture, ends; the next one starts from the whole.
 Versions grow within an incarnation, incarnations fence each other, and a lock on the segment keeps to one writer.
+
+    route        a generator stages from                                for
+    shm          the segment itself                                     the learner's host
+    tcp          a server in front of it, by deltas where they are few  any host; with keys and encryption
+    collective   a broadcast to all at once, by NCCL or gloo            trusted networks; falls back to tcp
+    disk         files in a directory                                   hosts that share only that
 """
 
 from engine.weights.intake import Intake

@@ -4,13 +4,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from engine.config import Route
 from engine.keys import JoinKey
 from engine.ops import buckets
+from engine.weights.collective import CollectiveSource
 from engine.weights.delta import apply
 from engine.weights.disk import DiskSource
 from engine.weights.manifest import Manifest, WeightsError
@@ -176,7 +178,7 @@ class Subscriber:
 class Place:
     """Where a job's weights are: the segment's name, the `host_id` where it is, the address ("tcp://HOST:PORT") of the
     server in front of it, the key to that, and for the route "disk" a directory. `timeout_s` bounds each wait for the
-    server."""
+    server, `broadcast_s` each step of a broadcast; `device` is where those may arrive, as a configuration names it."""
 
     segment: str
     host: str
@@ -184,16 +186,21 @@ class Place:
     timeout_s: float
     directory: str = ""
     key: JoinKey | None = None
+    broadcast_s: float = 10.0
+    device: str = "cpu"
 
 
 ROUTES: dict[str, Callable[[Place], Source]] = {
     "shm": lambda place: SharedSource(place.segment),
     "tcp": lambda place: TcpSource(place.address, place.timeout_s, place.key),
+    "collective": lambda place: CollectiveSource(
+        place.address, place.timeout_s, place.key, place.broadcast_s, place.device
+    ),
     "disk": lambda place: DiskSource(Path(place.directory), place.segment),
 }
 
 
-def subscribe(route: Literal["auto", "shm", "tcp", "disk"], memory: Memory = fresh, **place: Any) -> Subscriber:
+def subscribe(route: Route, memory: Memory = fresh, **place: Any) -> Subscriber:
     """A subscriber at the `Place` that the keywords say, which stages in `memory`.
 
     "auto" is "shm" where this process can see the segment, else "tcp". Raises `WeightsError` where nothing is there.
