@@ -428,8 +428,9 @@ def check(config: Config) -> None:
         if names.count(name) > 1:
             raise ConfigError(f"domains: the name {name!r} stands twice")
     for number, domain in enumerate(config.domains):
-        if domain.eval_path and domain.source != "file":
-            raise ConfigError(f"domains.{number}.eval_path = {domain.eval_path!r}: only where source = 'file'")
+        for name in ("path", "eval_path"):
+            if (path := getattr(domain, name)) and domain.source != "file":
+                raise ConfigError(f"domains.{number}.{name} = {path!r}: only where source = 'file'")
     if config.critic.shared and config.critic.path:
         raise ConfigError(f"critic.path = {config.critic.path!r}: a shared critic has no model of its own")
     if config.learner.updates_per_step > config.run.groups_per_step:

@@ -34,7 +34,7 @@ from engine.optimizer import NonFinite
 from engine.placement import Seat, check_devices, join_learners, rendezvous, seat
 from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, answer_with_stacks, die_with_parent
 from engine.prompts import Prompts
-from engine.run_directory import RunDirectory, check_creatable, check_port, check_resumable, create, reopen
+from engine.run_directory import RunDirectory, check_creatable, check_paths, check_port, check_resumable, create, reopen
 from engine.schedule import Schedule
 from engine.scorer import check_judgeable, check_rewards
 from engine.scores import shape_by
@@ -54,8 +54,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(prog="launch.py", description="Asynchronous off-policy reinforcement learning.", allow_abbrev=False)
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file, see configs/")
+    parser = Parser(
+        prog="launch.py",
+        usage="torchrun [its options] %(prog)s CONFIG [--table.key=value ...] [--resume RUN_DIR] [--dry-run]",
+        description="Asynchronous off-policy reinforcement learning.",
+        epilog="--run.seed=1, --domains.0.path=a.jsonl and the like override CONFIG; engine/config.py has every field.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a TOML file, configs/tiny.toml for instance")
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue a run from its last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     return parser.parse_known_args(argv)
@@ -108,6 +114,7 @@ def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> 
     check_devices(config, place)
     check_generator(config)
     check_port(config)
+    check_paths(config)
     if resume is None:
         check_creatable(config)
     elif config.stages:

@@ -1,5 +1,6 @@
 """The directory of one run: what lies where, how it is made, and what a resume may change."""
 
+import errno
 import fcntl
 import os
 import re
@@ -149,10 +150,26 @@ def check_creatable(config: Config) -> None:
     path = Path(config.run.directory or config.run.root).absolute()
     if config.run.directory and path.exists():
         raise _exists(config)
+    _check_writable(field, config.run.directory or config.run.root)
+    check_filesystem(path)
+
+
+def _check_writable(field: str, directory: str) -> None:
+    path = Path(directory).expanduser().absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{field} = {config.run.directory or config.run.root!r}: cannot make anything in {nearest}")
-    check_filesystem(path)
+        raise ConfigError(f"{field} = {directory!r}: cannot make anything in {nearest}")
+
+
+def check_paths(config: Config) -> None:
+    """Raises `ConfigError` for a directory that would be needed later and cannot be made, or a file that is missing."""
+    needed = {"warm_start.cache": config.warm_start.cache if config.warm_start.steps else ""}
+    for field, directory in (needed | {"weights.directory": config.weights.directory}).items():
+        if directory:
+            _check_writable(field, directory)
+    for number, path in enumerate(config.curriculum.rates):
+        if not Path(path).is_file():
+            raise ConfigError(f"curriculum.rates.{number} = {path!r}: no such file")
 
 
 def check_port(config: Config) -> None:
@@ -162,17 +179,28 @@ def check_port(config: Config) -> None:
         try:
             probe.bind((config.placement.bind, config.placement.port))
         except (OSError, OverflowError) as error:
+            if isinstance(error, socket.gaierror) or getattr(error, "errno", 0) == errno.EADDRNOTAVAIL:
+                allowed = f"{error.strerror}; must be an interface of this host, or 0.0.0.0 for all"
+                raise ConfigError(f"placement.bind = {config.placement.bind!r}: {allowed}") from error
             raise ConfigError(
                 f"placement.port = {config.placement.port} on {config.placement.bind}: "
                 f"{getattr(error, 'strerror', 'no such port')}; choose another, or 0 for a free one"
             ) from error
 
 
+def check_is_run(run: RunDirectory) -> None:
+    """Raises `ConfigError` where there is no configuration, and names the runs below, if there are any."""
+    if run.config.exists():
+        return
+    below = sorted(config.parent.name for config in run.path.glob("*/config.toml"))
+    near = f"; in it are {', '.join(below[-5:])}" if below else ""
+    raise ConfigError(f"--resume = {run.path}: no run directory (it has no config.toml){near}")
+
+
 def check_resumable(path: Path, config: Config) -> None:
     """Raises `ConfigError` where `path` is no run, or where `config` differs from it in what is `PINNED`."""
     run = RunDirectory(path)
-    if not run.config.exists():
-        raise ConfigError(f"--resume = {path}: no run directory (it has no config.toml)")
+    check_is_run(run)
     old, new = msgspec.to_builtins(load(run.config)), msgspec.to_builtins(config)
     if old["stages"]:
         raise ConfigError(f"--resume = {path}: a job of stages, and this file has none")

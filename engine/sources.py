@@ -267,7 +267,8 @@ def read_rows(field: str, path: str, domain: str, mould: Mould) -> list[Prompt]:
     try:
         rows = reader(Path(path).expanduser())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{field}: cannot read it: {str(error).partition(chr(10))[0]}") from error
+        why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise ConfigError(f"{field}: cannot read it: {why}") from error
     prompts = []
     for number, row in enumerate(rows):
         if row.get("domain", domain) != domain:
@@ -303,7 +304,7 @@ def read_jsonl(path: Path) -> list[Row]:
             try:
                 rows.append(msgspec.json.decode(line, type=Row))
             except msgspec.DecodeError as error:
-                raise ValueError(f"line {number + 1} is no JSON object: {error}") from error
+                raise ValueError(f"line {number + 1} is no JSON object: {str(error).replace('`', '')}") from error
     return rows
 
 

@@ -45,7 +45,7 @@ def model(path: Path, *, context: int = 64, eos: str | None = "<eos>") -> Path:
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("--run.stepps=3", ["run.stepps = 3", "allowed are name, directory"]),
+        ("--run.stepps=3", ["run.stepps = 3: unknown (did you mean steps?); allowed are name, directory"]),
         ("--runn.steps=3", ["runn = {'steps': 3}", "allowed are run, model"]),
         ("--run.steps=many", ["run.steps = 'many'", "int"]),
         ("--run.steps=0", ["run.steps = 0", ">= 1"]),
@@ -54,13 +54,16 @@ def model(path: Path, *, context: int = 64, eos: str | None = "<eos>") -> Path:
         ("--learner.tokens_per_micro_batch=31", ["learner.tokens_per_micro_batch = 31", "model.context = 32"]),
         ("--generator.max_new_tokens=32", ["generator.max_new_tokens = 32", "model.context = 32"]),
         ("--generator.top_k=5", ["generator.top_k = 5", "top_k = 0"]),
-        ("--algorithm.loss={ name = 'ppo_klip' }", ["algorithm.loss.name = 'ppo_klip'", "ppo_clip, cispo"]),
-        ("--algorithm.loss={ name = 'ppo_clip', lo = 1 }", ["algorithm.loss.lo = 1", "low, high"]),
+        ("--algorithm.loss={ name = 'ppo_klip' }", ["'ppo_klip'", "ppo_clip, cispo", "(did you mean ppo_clip?)"]),
+        ("--algorithm.loss={ name = 'ppo_clip', lo = 1 }", ["algorithm.loss.lo = 1", "low, high", "mean low?"]),
         ("--algorithm.penalties=[{ name = 'short' }]", ["algorithm.penalties.0.name = 'short'", "overlong"]),
         ("--placement.learners=2", ["placement.learners = 2", "between 1 and the number of ranks, 1"]),
         ("--learner.device=cuda:99", ["learner.device = 'cuda:99'", "auto, cpu, cuda or cuda:NUMBER"]),
         ("--generator.device=gpu", ["generator.device = 'gpu'", "auto, cpu, cuda or cuda:NUMBER"]),
         ("--run.name=a/b", ["run.name = 'a/b'", "letters, digits"]),
+        ("--domains.0.path=a.jsonl", ["domains.0.path = 'a.jsonl': only where source = 'file'"]),
+        ("--placement.bind=192.0.2.1", ["placement.bind = '192.0.2.1': ", "an interface of this host, or 0.0.0.0"]),
+        ("--curriculum.rates=['none.jsonl']", ["curriculum.rates.0 = 'none.jsonl': no such file"]),
         ("--steps", ["--steps", "--table.key=value"]),
         ("--dry", ["--dry", "--table.key=value"]),
     ],
@@ -102,6 +105,14 @@ def test_data_without_a_column(refusal, tmp_path: Path, column: str) -> None:
     line = refusal(*FILE, f"--domains.0.path={path}")
     assert line.startswith(f"domains.0.path = '{path}': row 1: no column '{column}'")
     assert line.endswith("; there are " + ", ".join(map(repr, row)))
+
+
+def test_a_line_that_is_no_json_object(refusal, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for line, why in (('{"prompt": oops}', "JSON is malformed"), ('[{"prompt": "1="}]', "Expected object, got array")):
+        path.write_text('{"prompt": "1=", "answer": "1"}\n' + line)
+        said = refusal(*FILE, f"--domains.0.path={path}")
+        assert said.startswith(f"domains.0.path = '{path}': cannot read it: line 2 is no JSON object: {why}")
 
 
 def test_data_without_rows(refusal, tmp_path: Path) -> None:
@@ -233,6 +244,10 @@ def test_run_directory_below_a_file(refusal, root: Path) -> None:
     root.mkdir()
     (root / "file").touch()
     assert refusal(f"--run.directory={root}/file/mine").startswith(f"run.directory = '{root}/file/mine': ")
+    line = refusal(f"--warm_start.cache={root}/file/mine", "--warm_start.steps=1")
+    assert line == f"warm_start.cache = '{root}/file/mine': cannot make anything in {root}/file"
+    line = refusal(f"--weights.directory={root}/file/mine", "--weights.route=disk")
+    assert line == f"weights.directory = '{root}/file/mine': cannot make anything in {root}/file"
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------
@@ -274,6 +289,17 @@ def test_resume_may_change_steps_intervals_and_budgets(run: Path, capsys: pytest
 def test_resume_of_no_run(refusal, tmp_path: Path) -> None:
     line = refusal(f"--resume={tmp_path}/none")
     assert line == f"--resume = {tmp_path}/none: no run directory (it has no config.toml)"
+
+
+def test_resume_of_the_directory_above_a_run(refusal, run: Path) -> None:
+    line = refusal(f"--resume={run.parent}")
+    assert line == f"--resume = {run.parent}: no run directory (it has no config.toml); in it are {run.name}"
+
+
+def test_help_tells_of_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        launch.main(["--help"])
+    assert end.value.code == 0 and "--table.key=value" in capsys.readouterr().out
 
 
 # ---- as a user sees it -----------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_the_slot_stays_as_it_was():
     ("slot", "line"),
     [
         ({}, "a.b.name = None: must be one of scale, odd"),
-        ({"name": "scael"}, "a.b.name = 'scael': must be one of scale, odd"),
+        ({"name": "scael"}, "a.b.name = 'scael': must be one of scale, odd (did you mean scale?)"),
         ({"name": ["scale"]}, "a.b.name = ['scale']: must be one of scale, odd"),
         ({"name": "scale"}, "a.b.by: scale needs it"),
         ({"name": "scale", "by": 1, "of": 2}, "a.b.of = 2: scale takes by, offset"),

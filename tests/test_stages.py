@@ -173,7 +173,7 @@ def test_a_stopped_job_names_what_to_resume(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(launch, "Job", Halted)
     monkeypatch.setattr(launch, "learn", learn)
-    monkeypatch.setattr(launch, "_build", lambda *arguments: None)
+    monkeypatch.setattr(launch, "_build", lambda *arguments, **options: None)
     monkeypatch.setattr(launch.tokenizer, "load", lambda model: None)
     monkeypatch.setattr(launch, "prepare", lambda config, stop: run_directory.create(config))
     config = (configure if staged else learning.configure)(f"run.directory={tmp_path / 'job'}")

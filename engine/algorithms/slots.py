@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import msgspec
 
 from engine.config import ConfigError, Slot
+from rewards.spelling import suggestion
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -25,7 +26,8 @@ def bind(field: str, slot: Slot, table: Mapping[str, Callable]) -> partial:
     """The function that `slot` names, with its keyword arguments. Raises `ConfigError` naming `field` and the key."""
     name = slot.get("name")
     if not isinstance(name, str) or name not in table:
-        raise ConfigError(f"{field}.name = {name!r}: must be one of {', '.join(table)}")
+        near = suggestion(name, table) if isinstance(name, str) else ""
+        raise ConfigError(f"{field}.name = {name!r}: must be one of {', '.join(table)}{near}")
     function = table[name]
     hints = get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters.values()
@@ -38,7 +40,8 @@ def bind(field: str, slot: Slot, table: Mapping[str, Callable]) -> partial:
         if key == "name":
             continue
         if key not in keywords:
-            raise ConfigError(f"{field}.{key} = {value!r}: {name} takes {', '.join(keywords) or 'no arguments'}")
+            near = suggestion(key, keywords)
+            raise ConfigError(f"{field}.{key} = {value!r}: {name} takes {', '.join(keywords) or 'no arguments'}{near}")
         arguments[key] = convert(f"{field}.{key}", value, hints[key])
     return partial(function, **arguments)
 
