@@ -1,20 +1,23 @@
 """The rewards of a job's domains, in a pool of processes."""
 
 from collections.abc import Hashable
+from contextlib import closing
+from itertools import product
 from typing import TYPE_CHECKING
 
-from engine.config import Config, ConfigError
+from engine.config import Config, ConfigError, Domain
 from engine.schema import Prompt
 from rewards.options import Misfit
 from rewards.pool import Limits, Pool
 from rewards.table import TABLE, Reward, resolve, waits
 from rewards.terms import parts
-from rewards.worker import Task, judge
+from rewards.verdict import Verdict
+from rewards.worker import Task
 
 if TYPE_CHECKING:
     from engine.prompts import Prompts
 
-PROBED = 8  # prompts of a domain whose columns are tried at launch
+PROBED = 4  # prompts of a domain whose columns are tried at launch
 PROBE = "```text\nleeway\n```"  # a completion that is nothing, and no program
 
 
@@ -41,19 +44,36 @@ def check_rewards(config: Config) -> list[Reward]:
 def check_judgeable(config: Config, rewards: list[Reward], prompts: "Prompts") -> None:
     """Raises `ConfigError` for a domain whose reward can judge none of its first prompts: columns of another form, say.
     A user's own reward, and one that waits, is not tried."""
-    for number, (domain, reward) in enumerate(zip(config.domains, rewards, strict=True)):
+
+    def is_tried(domain: Domain, reward: Reward) -> bool:
         own = [name for name, _ in parts(domain.reward, domain.reward_options) if name not in TABLE]
-        if own or waits(reward):
-            continue
-        first = [prompts.prompt(domain.name, index) for index in range(PROBED)]
-        verdicts = [judge(reward, task_of(prompt, [PROBE]), PROBE) for prompt in first]
-        if all(verdict.error for verdict in verdicts):
-            raise ConfigError(f"domains.{number}.reward = {domain.reward!r}: can judge no prompt: {verdicts[0].error}")
+        return not own and not waits(reward)
+
+    domains = [domain for domain, reward in zip(config.domains, rewards, strict=True) if is_tried(domain, reward)]
+    if not domains:
+        return
+    with closing(_pool(config, domains)) as pool:  # where a column can neither hang nor fell this process
+        for domain, index in product(domains, range(PROBED)):
+            pool.submit(domain.name, _task(prompts.prompt(domain.name, index), [PROBE]))
+        judged: list[tuple[Hashable, list[Verdict]]] = []
+        while len(judged) < PROBED * len(domains):
+            judged += pool.poll(1.0)
+    for number, domain in enumerate(config.domains):
+        errors = [verdict.error for key, [verdict] in judged if key == domain.name]
+        if errors and all(errors):
+            raise ConfigError(f"domains.{number}.reward = {domain.reward!r}: can judge no prompt: {errors[0]}")
 
 
-def task_of(prompt: Prompt, completions: list[str]) -> Task:
+def _task(prompt: Prompt, completions: list[str]) -> Task:
     """`completions` of `prompt`, to be judged."""
     return Task(prompt.domain, prompt.text, prompt.answer, prompt.fields, completions)
+
+
+def _pool(config: Config, domains: list[Domain]) -> Pool:
+    rewards = {domain.name: (domain.reward, domain.reward_options) for domain in domains}
+    deadlines = config.deadlines
+    limits = Limits(deadlines.start_s, deadlines.reward_s, deadlines.judge_s, config.generator.reward_memory_gb)
+    return Pool(rewards, config.generator.reward_workers, limits)
 
 
 class Scorer:
@@ -63,12 +83,9 @@ class Scorer:
     """
 
     def __init__(self, config: Config):
-        rewards = {domain.name: (domain.reward, domain.reward_options) for domain in config.domains}
-        deadlines, memory_gb = config.deadlines, config.generator.reward_memory_gb
-        limits = Limits(deadlines.start_s, deadlines.reward_s, deadlines.judge_s, memory_gb)
-        pool = self.pool = Pool(rewards, config.generator.reward_workers, limits)
+        pool = self.pool = _pool(config, config.domains)
         self.fileno, self.poll, self.cancel, self.close = pool.fileno, pool.poll, pool.cancel, pool.close
 
     def submit(self, key: Hashable, prompt: Prompt, completions: list[str]) -> None:
         """`completions` of `prompt` are to be judged; `poll` gives the verdicts back under `key`."""
-        self.pool.submit(key, task_of(prompt, completions))
+        self.pool.submit(key, _task(prompt, completions))

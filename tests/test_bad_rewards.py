@@ -137,6 +137,12 @@ def test_columns_by_which_no_prompt_can_be_judged(refusal, tmp_path: Path, rewar
     assert line.startswith(f"domains.0.reward = '{reward}': can judge no prompt: ") and why in line, line
 
 
+def test_a_column_that_takes_for_ever_costs_its_deadline(refusal, tmp_path: Path) -> None:
+    endless = {"answer": "(" * 500 + "1" + ")" * 500}  # half a minute of parsing
+    line = refusal(*file(tmp_path, "math", endless, endless), "--deadlines.reward_s=0.3")
+    assert "can judge no prompt: " in line and "0.3 s" in line, line
+
+
 def test_one_row_that_cannot_be_judged_is_no_reason_to_refuse(root: Path, capsys, tmp_path: Path) -> None:
     arguments = file(tmp_path, "math", {"answer": ""}, {"answer": "2"})
     assert launch.main([str(SMALL), f"--run.root={root}", "--dry-run", *arguments]) == 0, capsys.readouterr().err
