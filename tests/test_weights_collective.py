@@ -210,6 +210,27 @@ def test_a_damaged_piece_is_noticed(cast: Callable[[int, float], Cast]) -> None:
     assert job.broadcaster._epoch == 2
 
 
+def test_what_is_overwritten_on_its_way_costs_no_group(
+    cast: Callable[[int, float], Cast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = cast(2, 20.0)
+    digest = job.publish(1)
+    assert [generator.got() for generator in job.generators] == [(digest, 1)] * 2
+    send, left, newer = Gloo.send, MIDDLE, list[str]()
+
+    def overtaken(self: Gloo, slot: int, piece: torch.Tensor) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            newer.extend(job.publisher.publish(0, version, weights(version)) for version in (3, 4))
+        return send(self, slot, piece)
+
+    monkeypatch.setattr(Gloo, "send", overtaken)
+    job.publish(2)
+    assert [generator.got() for generator in job.generators] == [(newer[-1], 2)] * 2
+    assert job.broadcaster._epoch == 1
+
+
 def test_who_was_called_and_does_not_come_is_not_waited_for(
     cast: Callable[[int, float], Cast],
 ) -> None:

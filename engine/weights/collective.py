@@ -28,7 +28,7 @@ from engine.ops import buckets
 from engine.weights import group
 from engine.weights.group import Group
 from engine.weights.manifest import WeightsError
-from engine.weights.segment import Header, Part, Segment
+from engine.weights.segment import Header, Overwritten, Part, Segment
 from engine.weights.tcp import Apart, Call, Enter, TcpSource
 
 GATHER = 0.1  # of `step_s`: how long who entered first waits for the others
@@ -241,10 +241,14 @@ class CollectiveSource:
             return group.make(call, self._host, self._address, self._step_s, self._device)
 
         its_group, total = group.receive(make, into, until)
-        if part == "payload" and buckets.digest(total, len(into)) != header.digest:
+        whole = part == "delta" or buckets.digest(total, len(into)) == header.digest  # a delta shows when it is applied
+        if whole or header not in self.headers():
+            self._epoch, self._group = call.epoch, its_group
+        if not whole and self._group is None:
             its_group.close()
             raise WeightsError("it came damaged")
-        self._epoch, self._group = call.epoch, its_group
+        if not whole:
+            raise Overwritten
         return total
 
 
