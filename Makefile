@@ -48,7 +48,7 @@ multinode: install
 
 lint: install
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf .venv .venv-sglang build *.egg-info engine/ops/*.so

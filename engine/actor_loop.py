@@ -26,7 +26,6 @@ from engine.process import ProcessDied, answer_with_stacks, die_with_parent
 from engine.schema import (
     SCHEMA_VERSION,
     Ack,
-    Applied,
     Beat,
     Bye,
     Cancel,
@@ -81,7 +80,6 @@ class Actor:
         self._scoring: dict[LeaseKey, Sampled] = {}
         self._unacknowledged: dict[LeaseKey, tuple[float, Result]] = {}
         self._requested = -1
-        self._applied: Applied | None = None  # the newest version's
         self._busy_s = self._idle_s = 0.0
         self._heard = self._spoke = time.monotonic()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK)
@@ -187,7 +185,6 @@ class Actor:
     def _take_weights(self) -> None:
         applied = self._intake.advance()
         if applied is not None:
-            self._applied = applied
             self._idle_s += applied.pause_s
             self._link.send(applied)
             self._spoke = 0.0  # a heartbeat at once: the counters of this version
@@ -260,8 +257,8 @@ class Actor:
         if not due:
             return
         self._spoke = now
-        if self._applied is not None:
-            self._link.send(self._applied)
+        if self._intake.applied is not None:
+            self._link.send(self._intake.applied)
         held = sorted(self._held | self._unacknowledged.keys())
         self._link.send(Heartbeat(held, self._generator.generated_tokens, self._busy_s, self._idle_s))
         for key, (sent, result) in self._unacknowledged.items():

@@ -102,7 +102,8 @@ class Curriculum(Struct):
 
     mixture: Slot = msgspec.field(default_factory=lambda: {"name": "static"})  # of the domains, by their weights
     columns: dict[str, tuple[float, float]] = {}  # rows of files with such a column: the least and the greatest value
-    # Prompts whose newest pass rate lies outside are passed over; where none of a domain is left, the run ends.
+    # Prompts whose newest pass rate lies outside are passed over. Where none of a domain is left the run says so and
+    # goes on with the other domains; where none of any is left it ends.
     pass_rate: tuple[Share, Share] = (0.0, 1.0)
     rates: list[str] = []  # pass rates known at the start: `pass_rates.jsonl` of earlier runs, later over earlier ones
 

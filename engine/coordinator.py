@@ -8,18 +8,17 @@ again after its lease was lost, or filtered, failed or expired on the way. Lease
 ticket, stand in no ledger row and never meet the buffer.
 """
 
-import heapq
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import msgspec
 
 from engine.buffer import Buffer, Shape, Waiting, early_end
 from engine.config import Config, ConfigError
+from engine.draws import Draws, Prompts
 from engine.evaluation import Surveys
+from engine.leases import Leases
 from engine.ledger import ENDS, Ledger
 from engine.roster import Roster
 from engine.schedule import Schedule
@@ -36,7 +35,6 @@ from engine.schema import (
     Lapsed,
     Lease,
     LeaseKey,
-    Prompt,
     Sampling,
     State,
     Taken,
@@ -44,28 +42,14 @@ from engine.schema import (
     Trained,
 )
 from engine.snapshot import Snapshot, pack, unpack
-from engine.tally import Exhausted, PassRate, Tally, count, digest
 from engine.task import Task, followed, samplings
 from engine.tickets import Tickets
 
 COSTS = ("stage_s", "pause_s", "num_bytes", "link_share")  # of a version applied
 
 MAX_FAILURES = 3  # leases of one group that end badly before it is given up
-MIN_PROBES = 4  # prompts of the parity check
 
 Note = Granted | Lapsed | Ack | Took
-
-
-class Prompts(Protocol):
-    """What the coordinator needs of the prompt cursor."""
-
-    def draw(self, tally: Tally) -> tuple[str, int]: ...
-    def is_wanted(self, name: str, index: int, tally: Tally) -> bool: ...
-    def comes_again(self, domain: str) -> bool: ...
-    def prompt(self, domain: str, index: int) -> Prompt: ...
-    def held_out(self) -> list[Prompt]: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class Coordinator:
@@ -85,8 +69,8 @@ class Coordinator:
         self.tickets = Tickets(config.run.max_staleness, config.run.groups_per_step)
         self.buffer = Buffer(config.run.max_staleness)
         self.roster = Roster(config.deadlines)
-        self.surveys = Surveys(config)
-        self.tally = Tally()
+        self.surveys = Surveys()
+        self.draws = Draws(config, prompts, self.tickets)
         self._schedule = Schedule(config)
         self._temperature: float | None = None  # where it follows the entropy
         self._config = config
@@ -94,15 +78,11 @@ class Coordinator:
         self._ledger = ledger
         self._shape = shape
         self._note = note
-        self._leased: dict[tuple[Kind, int], Task] = {}  # in the order of their leases
-        self._pending: list[tuple[int, Task]] = []  # heap: training groups whose lease was lost
+        self._leases = Leases(config.deadlines.group_s)
         self._taken: dict[int, Waiting] = {}
         self._filtered: list[int] = []  # since the last take
         self._filtered_before: list[int] = []  # the take under way, between the last one and this
         self._ends: Counter[str] = Counter()
-        self._num_drawn = 0
-        self._exhausted = ""  # why there is nothing to draw, until a result brings a prompt back
-        self._round = 0  # leases that the present round may still grant, at max_staleness 0
         self._survey_turn = False
 
     # ---- start and checkpoint
@@ -120,35 +100,21 @@ class Coordinator:
                 f"groups in flight, but there are only {self.tickets.capacity} tickets"
             )
         self.incarnation = self._ledger.begin(kept.version, kept.step, kept.num_drawn, kept.in_flight)
-        self.version, self._num_drawn, self.surveys.num_tasks = kept.version, kept.num_drawn, kept.num_surveyed
+        self.version, self.draws.num_drawn, self.surveys.num_tasks = kept.version, kept.num_drawn, kept.num_surveyed
         self._filtered, self.surveys.completed = kept.filtered, kept.evaluations
         self._temperature = kept.temperature
         self._ends.update({end: count for end, count in self._ledger.counts().items() if end in ENDS})
         if kept.prompts is not None:
             self._prompts.restore(kept.prompts)
-        self._recount()
+        self.draws.recount(self._ledger.judged())
         self.tickets.settle(kept.version)
         for row in self._ledger.in_flight():
-            self.tickets.acquire(row["group_id"])
-            if row["state"] == "pending":
-                prompt = self._prompts.prompt(row["domain"], row["prompt_index"])
-                task = Task("train", row["group_id"], prompt, attempt=row["attempt"], failures=row["failures"])
-                heapq.heappush(self._pending, (task.group_id, task))
+            self.draws.resume(row)
         for waiting in kept.waiting:
             self.buffer.admit(msgspec.structs.replace(waiting, arrived_s=now))
         for name in kept.surveys:
             self.evaluate(name, "eval", False, now)
         return self.incarnation
-
-    def _recount(self) -> None:
-        """The tally of what the ledger holds now."""
-        rows = self._ledger.judged()
-        self.tally = count(rows, self._config.curriculum.rates)
-        for row in rows:
-            if self._prompts.comes_again(row["domain"]):
-                prompt = self._prompts.prompt(row["domain"], row["prompt_index"])
-                rate = PassRate(prompt.domain, digest(prompt.text), prompt.index, row["solved"], row["judged"])
-                self.tally.judged(rate)
 
     def snapshot(self, step: int) -> bytes:
         """All that `begin` needs to go on from here. The ledger is on disk when this returns."""
@@ -157,7 +123,7 @@ class Coordinator:
             Snapshot(
                 version=self.version,
                 step=step,
-                num_drawn=self._num_drawn,
+                num_drawn=self.draws.num_drawn,
                 num_surveyed=self.surveys.num_tasks,
                 temperature=self._temperature,
                 prompts=self._prompts.state(),
@@ -177,6 +143,15 @@ class Coordinator:
 
     def members(self) -> list[str]:
         return list(self.roster.members)
+
+    def owed(self, generator: str) -> int | None:
+        """The newest published version, where the generator has yet to apply it."""
+        member, version = self.roster.members[generator], self.roster.published
+        return version if member.applied < version else None
+
+    def stalled(self, now: float) -> str:
+        """Why no generator samples, where it has been so for long."""
+        return self.roster.stalled(now)
 
     def join(self, generator: str, now: float) -> None:
         """A generator joins. One that joins again has lost what it held. It is routed once it applied a version."""
@@ -218,7 +193,7 @@ class Coordinator:
         member = self.roster.members[generator]
         before = member.beat_s - self._config.deadlines.heartbeat_s
         held = set(beat.held)
-        leased = {task.lease_key: task for task in self._held_by(generator)}
+        leased = {task.lease_key: task for task in self._leases.held_by(generator)}
         lost = [task for key, task in leased.items() if task.leased_s < before and key not in held]
         member.seen_s = member.beat_s = now
         member.generated_tokens, member.busy_s, member.idle_s = beat.generated_tokens, beat.busy_s, beat.idle_s
@@ -233,7 +208,7 @@ class Coordinator:
         filtered or failed; otherwise it was refused for good."""
         if group.generator in self.roster.members:
             self.roster.members[group.generator].seen_s = now
-        task = self._leased.get((group.kind, group.group_id))
+        task = self._leases.find(group.kind, group.group_id)
         reason = self._refusal(group, task)
         with self._ledger.transaction():
             if reason or task is None:
@@ -249,7 +224,7 @@ class Coordinator:
     def failure(self, generator: str, failure: Failure, now: float) -> Ack:
         """The generator gives a lease back; another attempt follows, up to `MAX_FAILURES`."""
         self.roster.members[generator].seen_s = now
-        task = self._leased.get((failure.kind, failure.group_id))
+        task = self._leases.find(failure.kind, failure.group_id)
         if task is not None and task.attempt == failure.attempt and task.generator == generator:
             with self._ledger.transaction():
                 self._give_back(task, failure.reason, now, blame=True)
@@ -275,8 +250,7 @@ class Coordinator:
         """The groups to train at `version`; None: the learner must wait, ask again after the next change. No groups
         at all once the prompts are exhausted, nothing is generated any more and the buffer holds too few."""
         overdue = self.buffer.expire(version)
-        leased_versions = (task.version for task in self._leased.values() if task.kind == "train")
-        taken = self.buffer.take(num_groups, version, leased_versions)
+        taken = self.buffer.take(num_groups, version, self._leases.training_versions())
         if not overdue and taken is None:
             return self._none_left(now)
         with self._ledger.transaction():
@@ -297,8 +271,8 @@ class Coordinator:
         )
 
     def _none_left(self, now: float) -> Taken | None:
-        coming = self._pending or any(task.kind == "train" for task in self._leased.values())
-        return Taken([], [], [], self.state(now), self._exhausted) if self._exhausted and not coming else None
+        coming = self.draws.num_pending or self._leases.num_training
+        return Taken([], [], [], self.state(now), self.draws.end) if self.draws.end and not coming else None
 
     def trained(self, trained: Trained, now: float) -> None:
         """A take became `trained.version`. Its tickets return when that is applied everywhere, also after a skipped
@@ -309,7 +283,7 @@ class Coordinator:
         with self._ledger.transaction():
             for group_id in trained.group_ids:
                 end = trained.end_of(group_id)
-                self.tally.end(self._taken.pop(group_id).group.domain, end)
+                self.draws.tally.end(self._taken.pop(group_id).group.domain, end)
                 self._ends[end] += 1
                 self._ledger.ended([group_id], end, trained.reason if end == "failed" else "")
 
@@ -322,8 +296,9 @@ class Coordinator:
     def evaluate(self, name: str, kind: Kind, wait: bool, now: float) -> None:
         """Begins an evaluation or a probe. While one with `wait` is open nothing else is leased, and its leases go
         only to generators at the published version."""
-        prompts = self._probe_prompts() if kind == "probe" else self._prompts.held_out()
-        self.surveys.begin(name, kind, wait, prompts, self.version, now)
+        prompts = self.draws.probes() if kind == "probe" else self._prompts.held_out()
+        sampled = samplings(self._schedule.at(self.version))[kind]
+        self.surveys.begin(name, kind, wait, prompts, sampled, now)
 
     def evaluation(self, name: str) -> Evaluation | None:
         """The finished evaluation begun with `wait`, once; None while it goes on."""
@@ -336,20 +311,20 @@ class Coordinator:
     def state(self, now: float) -> State:
         """The counts of this moment. Each evaluation finished without `wait` is handed out once."""
         completed, self.surveys.completed = self.surveys.completed, []
-        num_leased = sum(task.kind == "train" for task in self._leased.values())
-        in_flight = self.tally.in_flight.total()
+        in_flight = self.draws.tally.in_flight.total()
         generated_tokens, busy_s, idle_s = self.roster.totals()
         return State(
-            ends={**{end: self._ends[end] for end in ENDS}, "in_flight": in_flight, "drawn": self._num_drawn},
+            ends={**{end: self._ends[end] for end in ENDS}, "in_flight": in_flight, "drawn": self.draws.num_drawn},
             free_tickets=self.tickets.num_free,
             buffered_groups=len(self.buffer),
-            leased_groups=num_leased,
+            leased_groups=self._leases.num_training,
             generators={name: member.applied for name, member in self.roster.members.items()},
             generated_tokens=generated_tokens,
             generator_busy_s=busy_s,
             generator_idle_s=idle_s,
             completed_evaluations=completed,
             slowest=self.roster.slowest,
+            exhausted=self.draws.exhausted,
         )
 
     # ---- time
@@ -361,9 +336,7 @@ class Coordinator:
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do at the earliest."""
-        deadlines = [self.roster.next_deadline()]
-        if self._leased:
-            deadlines.append(next(iter(self._leased.values())).leased_s + self._config.deadlines.group_s)
+        deadlines = self.roster.next_deadline(), self._leases.next_deadline()
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _enforce(self, now: float) -> list[str]:
@@ -374,13 +347,12 @@ class Coordinator:
                 self._drop(name, silent, now, blame=True)
                 lines.append(f"{name}: {silent}; its groups go to others")
             for name in self.roster.late(now):
-                self.roster.members[name].routed = False
+                self.roster.unroute(name, now)
                 reason = f"did not apply version {self.roster.published} in {deadlines.publish_s:g} s"
                 self._ledger.event("unrouted", version=self.roster.published, generator=name, detail=reason)
                 lines.append(f"{name}: {reason}; it gets no groups until it does")
             self.tickets.settle(self.roster.applied_by_all)
-            overdue = itertools.takewhile(lambda task: now - task.leased_s >= deadlines.group_s, self._leased.values())
-            for task in list(overdue):
+            for task in self._leases.overdue(now):
                 self._give_back(task, f"not finished in {deadlines.group_s:g} s", now, blame=True)
         return lines
 
@@ -396,47 +368,14 @@ class Coordinator:
         return self._next_training() or self.surveys.next_task()
 
     def _next_training(self) -> Task | None:
-        if self._config.run.max_staleness == 0 and not self._in_round():
-            return None
-        if self._pending:
-            return heapq.heappop(self._pending)[1]
-        run = self._config.run
-        enough = self.tally.suffices((run.steps - self.version) * run.groups_per_step)
-        if self.tickets.num_free == 0 or enough or self._exhausted:
-            return None
-        try:
-            domain, index = self._prompts.draw(self.tally)
-        except Exhausted as error:
-            self._exhausted = str(error)
-            return None
-        task = Task("train", self._num_drawn, self._prompts.prompt(domain, index))
-        self.tally.drawn(task.prompt.domain)
-        self.tickets.acquire(task.group_id)
-        self._num_drawn += 1
-        return task
-
-    def _in_round(self) -> bool:
-        """At max_staleness 0 groups are leased in rounds: the next begins when every result of the last is in. So
-        which groups are sampled together depends on no result's time of arrival."""
-        if self._round == 0 and not any(task.kind == "train" for task in self._leased.values()):
-            self._round = self.tickets.num_free + len(self._pending)
-        if self._round == 0:
-            return False
-        self._round -= 1
-        return True
-
-    def _probe_prompts(self) -> list[Prompt]:
-        """Training prompts of every domain; the cursor stays where it is."""
-        domains = [domain.name for domain in self._config.domains]
-        places = [(domain, index) for index in range(-(-MIN_PROBES // len(domains))) for domain in domains]
-        return [self._prompts.prompt(domain, index) for domain, index in places]
+        return self.draws.next(self.version, self._leases.num_training > 0)
 
     def _grant(self, task: Task, generator: str, version: int, now: float) -> Lease:
         task.attempt += 1
         task.generator, task.version, task.leased_s = generator, version, now
         if task.kind == "train":
             task.sampling, task.num_samples = self._training(version)
-        self._leased[task.key] = task
+        self._leases.add(task)
         lease = task.lease(self._config.run.seed)
         if task.kind == "train":
             place = task.prompt.domain, task.prompt.index
@@ -451,20 +390,17 @@ class Coordinator:
             sampling = msgspec.structs.replace(sampling, temperature=self._temperature)
         return sampling, num_samples
 
-    def _held_by(self, generator: str) -> list[Task]:
-        return [task for task in self._leased.values() if task.generator == generator]
-
     def _drop(self, generator: str, reason: str, now: float, blame: bool) -> None:
-        for task in self._held_by(generator):
+        for task in self._leases.held_by(generator):
             self._give_back(task, reason, now, blame)
-        self.roster.leave(generator)
+        self.roster.leave(generator, now)
         self.tickets.settle(self.roster.applied_by_all)
         self._ledger.event("left", generator=generator, detail=reason)
 
     def _give_back(self, task: Task, reason: str, now: float, blame: bool) -> None:
         """The lease is over without a result. With `blame` that may be the group's own fault, and so is not repeated
         for ever."""
-        del self._leased[task.key]
+        self._leases.end(task)
         task.failures += blame
         given_up = task.failures >= MAX_FAILURES
         if task.kind != "train":
@@ -475,7 +411,7 @@ class Coordinator:
         if given_up:
             self._end(task.group_id, task.prompt.domain, "failed", f"{task.failures} attempts; the last: {reason}")
         else:
-            heapq.heappush(self._pending, (task.group_id, task))
+            self.draws.put_back(task)
 
     # ---- results
 
@@ -488,12 +424,12 @@ class Coordinator:
         return "" if group.attempt == task.attempt else f"attempt {task.attempt} took its place"
 
     def _accept(self, group: Group, task: Task, now: float) -> None:
-        del self._leased[task.key]
+        self._leases.end(task)
         if group.kind != "train":
             self.surveys.add(task, group, now)
             return
         self._ledger.arrived(group)
-        self._tell_tally(group, task.prompt)
+        self.draws.arrived(group, task.prompt)
         filters = self._schedule.at(group.lease_version).algorithm.filter_uniform
         end, reason = early_end(group, self._shape if filters else None)
         if end is None:
@@ -501,19 +437,10 @@ class Coordinator:
         else:
             self._end(group.group_id, group.domain, end, reason)
 
-    def _tell_tally(self, group: Group, prompt: Prompt) -> None:
-        self.tally.arrived(group.domain, group.num_samples)
-        if self._prompts.comes_again(group.domain):
-            valid = [verdict for verdict in group.verdicts if not verdict.error]
-            solved = sum(verdict.solved for verdict in valid)
-            self.tally.judged(PassRate(prompt.domain, digest(prompt.text), prompt.index, solved, len(valid)))
-            if self._exhausted and self._prompts.is_wanted(prompt.domain, prompt.index, self.tally):
-                self._exhausted = ""
-
     def _end(self, group_id: int, domain: str, end: End, reason: str) -> None:
         """A group ends before any take."""
         self.tickets.release(group_id)
-        self.tally.end(domain, end)
+        self.draws.tally.end(domain, end)
         self._ends[end] += 1
         self._ledger.ended([group_id], end, reason)
         if end == "filtered":

@@ -83,7 +83,6 @@ class CoordinatorLoop:
         self._incarnation = self._coordinator.begin(time.monotonic(), snapshot)
         self._tap = Tap(run.stream / f"{self._incarnation:04d}.tap")
         self._record(Began(self._incarnation, self._coordinator.version, digest(snapshot), to_toml(config)))
-        self._version: int | None = None  # the newest published
         self._open: Take | Evaluate | None = None  # the learner's request that still waits
         self._finished = self._complaint = ""
         self._pump = Pump({self._link.socket: self._hear_learner, self._hub.socket: self._hear_generators})
@@ -173,8 +172,7 @@ class CoordinatorLoop:
                 weights_port=self._weights.port,
             ),
         )
-        if self._version is not None:
-            self._hub.send(peer, Publish(self._incarnation, self._version))
+        self._remind(peer)
         print(f"{peer} joined from {hello.host}, pid {hello.pid}", flush=True)
 
     def _on_applied(self, peer: str, message: Applied, now: float) -> None:
@@ -185,8 +183,13 @@ class CoordinatorLoop:
         self._hub.send(peer, Beat())
         if over:
             self._hub.send(peer, Cancel(over))
-        if self._version is not None and self._coordinator.roster.members[peer].applied < self._version:
-            self._hub.send(peer, Publish(self._incarnation, self._version))  # a broken connection may have lost it
+        self._remind(peer)  # a broken connection may have lost it
+
+    def _remind(self, peer: str) -> None:
+        """Tells a generator of the version that it has yet to apply, if there is one."""
+        version = self._coordinator.owed(peer)
+        if version is not None:
+            self._hub.send(peer, Publish(self._incarnation, version))
 
     # ---- learner ----
 
@@ -210,7 +213,6 @@ class CoordinatorLoop:
 
     def _on_published(self, message: Published, now: float) -> None:
         self._record(message)
-        self._version = message.version
         self._coordinator.published(message.version, now)
         self._to_all(Publish(self._incarnation, message.version), now)
 
@@ -224,7 +226,7 @@ class CoordinatorLoop:
 
     def _on_finished(self, message: Finished, now: float) -> None:
         self._finished = message.reason
-        self._coordinator.tally.write(self._run.pass_rates)
+        self._coordinator.draws.tally.write(self._run.pass_rates)
         self._to_all(Stop(message.reason), now)
         self._link.send(Done(self._coordinator.state(now)))
 
@@ -237,7 +239,7 @@ class CoordinatorLoop:
 
     def _complain(self, now: float) -> None:
         """Tells the learner, whose request waits, why no generator samples."""
-        reason = "" if self._open is None else self._coordinator.roster.stalled(now)
+        reason = "" if self._open is None else self._coordinator.stalled(now)
         if reason and reason != self._complaint:
             self._link.send(Stalled(reason))
         self._complaint = reason

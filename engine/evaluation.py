@@ -5,19 +5,16 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from engine.config import Config
-from engine.schedule import Schedule
-from engine.schema import Evaluation, Group, Kind, Prompt, Score
-from engine.task import Task, samplings
+from engine.schema import Evaluation, Group, Kind, Prompt, Sampling, Score
+from engine.task import Task
 
 
 class Surveys:
     """The evaluations and probes under way, and the results of finished ones until they are asked for."""
 
-    def __init__(self, config: Config):
+    def __init__(self) -> None:
         self.num_tasks = 0  # ever; numbers them, so that every evaluation draws other random numbers
         self.completed: list[Evaluation] = []  # of those that nobody waits for
-        self._schedule = Schedule(config)
         self._under_way: dict[int, Survey] = {}  # by the number of its first task
         self._pending: deque[Task] = deque()
         self._evaluations: dict[str, Evaluation] = {}
@@ -32,9 +29,11 @@ class Surveys:
         """The evaluations that nobody waits for, which a resume begins again."""
         return [survey.name for survey in self._under_way.values() if survey.kind == "eval" and not survey.wait]
 
-    def begin(self, name: str, kind: Kind, wait: bool, prompts: list[Prompt], version: int, now: float) -> None:
-        """All its tasks are sampled as the schedule says at `version`, the learner's."""
-        number, sampled = self.num_tasks, samplings(self._schedule.at(version))[kind]
+    def begin(
+        self, name: str, kind: Kind, wait: bool, prompts: list[Prompt], sampled: tuple[Sampling, int], now: float
+    ) -> None:
+        """Each of `prompts` is to be sampled as `sampled` says, so often."""
+        number = self.num_tasks
         self._under_way[number] = Survey(name, kind, wait, len(prompts), now)
         for prompt in prompts:
             self._pending.append(Task(kind, self.num_tasks, prompt, *sampled, survey=number))

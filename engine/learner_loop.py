@@ -63,6 +63,7 @@ class Job:
         self.progress = Progress(run.name, config.run.steps, live=config.tracking.progress) if self.lead else None
         self.recorder = metrics.Recorder(config, run.metrics, run.tensorboard) if self.lead else None
         self.pace = metrics.Pace()
+        self.exhausted: set[str] = set()  # domains of which it was said that no prompt was left
         self.holds_out = any(domain.eval_prompts or domain.eval_path for domain in config.domains)
 
     def _start_generators(self) -> list[Supervisor]:
@@ -131,6 +132,9 @@ class Job:
         self.progress.step(record)
         for evaluation in taken.state.completed_evaluations:
             self.report_evaluation(evaluation)
+        for domain in sorted(set(taken.state.exhausted) - self.exhausted):
+            self.say(f"curriculum.pass_rate: no prompt of domain {domain!r} is left; the run goes on with the others")
+        self.exhausted.update(taken.state.exhausted)
 
     def report_evaluation(self, evaluation: Evaluation) -> None:
         if self.recorder is None or self.progress is None:

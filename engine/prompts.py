@@ -9,6 +9,7 @@ import bisect
 import itertools
 import random
 from collections import Counter
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -35,7 +36,6 @@ class Prompts:
         self._seed = config.run.seed
         self._domains = {domain.name: domain for domain in config.domains}
         self._names = list(self._domains)
-        self._weights = np.array([domain.weight for domain in config.domains], np.float64)
         self._curriculum = config.curriculum
         self._mixture = bind("curriculum.mixture", config.curriculum.mixture, MIXTURES)
         self._num_draws = 0
@@ -49,14 +49,11 @@ class Prompts:
         for source in self._sources.values():
             source.restrict(texts)
 
-    def draw(self, tally: Tally = NOTHING) -> tuple[str, int]:
-        """The next group's domain and the number of its prompt there; moves the cursor, past prompts that the
-        curriculum leaves out. Raises `Exhausted`, and leaves the cursor, where it leaves out all of the domain's."""
-        counts = (tally.rollouts, tally.trained, tally.ended, tally.in_flight)
-        columns = (np.array([count[name] for name in self._names], np.float64) for count in counts)
-        bounds = list(itertools.accumulate(self._mixture(self._weights, *columns).tolist()))
-        point = random.Random(derive(self._seed, "draw", self._num_draws)).random() * bounds[-1]
-        name = self._names[bisect.bisect(bounds, point)]
+    def draw(self, tally: Tally = NOTHING, left_out: Container[str] = ()) -> tuple[str, int]:
+        """The next group's domain, none of `left_out`, and the number of its prompt there; moves the cursor, past
+        prompts that the curriculum leaves out. Raises `Exhausted`, and leaves the cursor, where it leaves out all of
+        the domain's."""
+        name = self._draw_domain([name for name in self._names if name not in left_out], tally)
         first, most = self._num_drawn[name], 2 * len(self._sources[name])  # wherever it starts, in these is an epoch
         for index in range(first, first + (most or 1)):
             if self.is_wanted(name, index, tally):
@@ -64,7 +61,15 @@ class Prompts:
                 self._num_drawn[name] = index + 1
                 return name, index
         low, high = self._curriculum.pass_rate
-        raise Exhausted(f"curriculum.pass_rate = [{low}, {high}]: no prompt of domain {name!r} is left")
+        raise Exhausted(f"curriculum.pass_rate = [{low}, {high}]", name)
+
+    def _draw_domain(self, names: list[str], tally: Tally) -> str:
+        counts = (tally.rollouts, tally.trained, tally.ended, tally.in_flight)
+        columns = (np.array([count[name] for name in names], np.float64) for count in counts)
+        weights = np.array([self._domains[name].weight for name in names], np.float64)
+        bounds = list(itertools.accumulate(self._mixture(weights, *columns).tolist()))
+        point = random.Random(derive(self._seed, "draw", self._num_draws)).random() * bounds[-1]
+        return names[bisect.bisect(bounds, point)]
 
     def is_wanted(self, name: str, index: int, tally: Tally) -> bool:
         """Whether the curriculum lets the prompt be drawn, after what `tally` says of its last draws."""

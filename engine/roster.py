@@ -64,13 +64,14 @@ class Roster:
         self.busy_s = 0.0
         self.idle_s = 0.0
         self._deadlines = deadlines
-        self._routed_s: float | None = None  # when a member was routed last, or was first missed
+        self._unrouted_s: float | None = None  # since when no member has been routed
 
     def join(self, name: str, now: float) -> None:
         self.members[name] = Member(seen_s=now)
 
-    def leave(self, name: str) -> None:
+    def leave(self, name: str, now: float) -> None:
         member = self.members.pop(name)
+        self._note_routing(now)
         self.generated_tokens += member.generated_tokens
         self.busy_s += member.busy_s
         self.idle_s += member.idle_s
@@ -109,6 +110,7 @@ class Roster:
         for member in self.members.values():
             if member.routed and member.applied < version and member.behind_s is None:
                 member.behind_s = now
+        self._note_routing(now)
 
     def apply(self, name: str, version: int, settled: int, now: float) -> None:
         """A member samples with `version` now. It is routed unless the tickets of a newer one returned already."""
@@ -116,6 +118,18 @@ class Roster:
         member.applied = version
         member.routed = version >= settled
         member.behind_s = now if member.routed and version < self.published else None
+        self._note_routing(now)
+
+    def unroute(self, name: str, now: float) -> None:
+        """A member gets no leases until it applies a newer version."""
+        self.members[name].routed = False
+        self._note_routing(now)
+
+    def _note_routing(self, now: float) -> None:
+        if any(member.routed for member in self.members.values()):
+            self._unrouted_s = None
+        elif self._unrouted_s is None:
+            self._unrouted_s = now
 
     # ---- whom to give the next lease
 
@@ -130,11 +144,7 @@ class Roster:
 
     def stalled(self, now: float) -> str:
         """Why no generator has sampled for `publish_s`; empty where one does, or may yet."""
-        if any(member.routed for member in self.members.values()):
-            self._routed_s = now
-            return ""
-        self._routed_s = now if self._routed_s is None else self._routed_s
-        if now - self._routed_s < self._deadlines.publish_s:
+        if self._unrouted_s is None or now - self._unrouted_s < self._deadlines.publish_s:
             return ""
         if not self.members:
             return "no generator is a member of the job: see their logs"

@@ -309,6 +309,7 @@ class State(msgspec.Struct, frozen=True):
     generator_idle_s: float
     completed_evaluations: list[Evaluation] = []
     slowest: Applied | None = None  # of what the members applied last, what took longest to stage
+    exhausted: list[str] = []  # domains of which the curriculum leaves out every prompt, until a result brings one back
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):

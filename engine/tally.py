@@ -30,7 +30,11 @@ class PassRate(msgspec.Struct, frozen=True):
 
 
 class Exhausted(ConfigError):
-    """The curriculum leaves out every prompt of a domain."""
+    """The curriculum leaves out every prompt of `domain`."""
+
+    def __init__(self, reason: str, domain: str):
+        super().__init__(f"{reason}: no prompt of domain {domain!r} is left")
+        self.domain = domain
 
 
 class Tally:

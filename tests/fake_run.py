@@ -1,6 +1,6 @@
 """What the coordinator needs around it, small: prompts that are their own index, groups made by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class CountingPrompts:
     def __init__(self) -> None:
         self.drawn = 0
 
-    def draw(self, tally: Tally) -> tuple[str, int]:
+    def draw(self, tally: Tally, left_out: Container[str]) -> tuple[str, int]:
         self.drawn += 1
         return "a", self.drawn - 1
 

@@ -4,7 +4,9 @@ import fake_run
 import pytest
 
 from engine.evaluation import Surveys, score
-from engine.schema import Group
+from engine.schema import Group, Sampling
+
+PAIRS, TRIPLES = (Sampling(1.0, 8), 2), (Sampling(1.0, 8), 3)
 
 
 def finished(surveys: Surveys, *outcomes: tuple[float, ...], versions: tuple[int, ...] = (0,)) -> list[Group]:
@@ -22,8 +24,8 @@ def finished(surveys: Surveys, *outcomes: tuple[float, ...], versions: tuple[int
 
 
 def begun(wait: bool = True) -> Surveys:
-    surveys = Surveys(fake_run.config())
-    surveys.begin("before", "eval", wait, fake_run.CountingPrompts().held_out(), 0, now=4.0)
+    surveys = Surveys()
+    surveys.begin("before", "eval", wait, fake_run.CountingPrompts().held_out(), PAIRS, now=4.0)
     return surveys
 
 
@@ -66,7 +68,7 @@ def test_a_group_given_up_does_not_hold_the_rest_back() -> None:
 
 def test_one_that_nobody_waits_for_is_completed_and_may_meet_its_like() -> None:
     surveys = begun(wait=False)
-    surveys.begin("before", "eval", False, fake_run.CountingPrompts().held_out(), 0, now=4.0)
+    surveys.begin("before", "eval", False, fake_run.CountingPrompts().held_out(), PAIRS, now=4.0)
     assert surveys.under_way() == ["before", "before"]
     finished(surveys, *[(1.0, 1.0)] * 6)
     assert [evaluation.scores["all"].num_prompts for evaluation in surveys.completed] == [3, 3]
@@ -75,21 +77,21 @@ def test_one_that_nobody_waits_for_is_completed_and_may_meet_its_like() -> None:
 
 def test_every_evaluation_draws_other_random_numbers() -> None:
     surveys = begun()
-    surveys.begin("after", "eval", True, fake_run.CountingPrompts().held_out(), 0, now=4.0)
+    surveys.begin("after", "eval", True, fake_run.CountingPrompts().held_out(), PAIRS, now=4.0)
     tasks = [surveys.next_task() for _ in range(6)]
     assert [task.group_id for task in tasks if task] == [0, 1, 2, 3, 4, 5]
 
 
 def test_nothing_held_out_is_done_at_once() -> None:
-    surveys = Surveys(fake_run.config())
-    surveys.begin("before", "eval", True, [], 0, now=0.0)
+    surveys = Surveys()
+    surveys.begin("before", "eval", True, [], PAIRS, now=0.0)
     result = surveys.evaluation("before")
     assert result is not None and result.scores == {}
 
 
 def test_a_probe_hands_out_its_groups() -> None:
-    surveys = Surveys(fake_run.config(group_size=3))
-    surveys.begin("parity", "probe", True, fake_run.CountingPrompts().held_out()[:1], 0, now=0.0)
+    surveys = Surveys()
+    surveys.begin("parity", "probe", True, fake_run.CountingPrompts().held_out()[:1], TRIPLES, now=0.0)
     assert surveys.probe("parity") is None
     groups = finished(surveys, (1.0, 0.0, 1.0))
     assert surveys.probe("parity") == groups

@@ -24,6 +24,8 @@ FLOORS = [
     },
     {
         "engine.prompts",
+        "engine.draws",
+        "engine.leases",
         "engine.tally",
         "engine.sources",
         "engine.task",
@@ -77,6 +79,8 @@ TORCH_FREE = {
     "engine.stages",
     "engine.schema",
     "engine.prompts",
+    "engine.draws",
+    "engine.leases",
     "engine.sources",
     "engine.tally",
     "engine.tokenizer",

@@ -1,6 +1,7 @@
 """What became of groups: counted as it happens as from the ledger, and pass rates of prompts that come again."""
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,12 @@ def test_the_tally_follows_from_the_ledger(tmp_path: Path) -> None:
     assert taken is not None
     ours.trained(Trained(1, [group.group_id for group in taken.groups], "trained"), 3.0)
     expected = {"a": 6}, {"a": 2}, {"a": 3}, {"a": 1}
-    assert figures(ours.tally) == expected
-    assert [ours.tally.share("a", str(prompt)) for prompt in range(5)] == [0.5, 1.0, 0.5, None, None]
+    assert figures(ours.draws.tally) == expected
+    assert [ours.draws.tally.share("a", str(prompt)) for prompt in range(5)] == [0.5, 1.0, 0.5, None, None]
     again = coordinator(tmp_path)
     again.begin(4.0, ours.snapshot(1))
-    assert figures(again.tally) == expected
-    assert [again.tally.share("a", str(prompt)) for prompt in range(5)] == [0.5, 1.0, 0.5, None, None]
+    assert figures(again.draws.tally) == expected
+    assert [again.draws.tally.share("a", str(prompt)) for prompt in range(5)] == [0.5, 1.0, 0.5, None, None]
 
 
 def test_the_newest_draw_of_a_prompt_counts_whenever_it_arrives() -> None:
@@ -153,12 +154,12 @@ class Curriculum(FewPrompts):
     def is_wanted(self, name: str, index: int, tally: Tally) -> bool:
         return tally.share(name, str(index % 5)) != 1.0
 
-    def draw(self, tally: Tally) -> tuple[str, int]:
+    def draw(self, tally: Tally, left_out: Container[str]) -> tuple[str, int]:
         for index in range(self.drawn, self.drawn + 5):
             if self.is_wanted("a", index, tally):
                 self.drawn = index + 1
                 return "a", index
-        raise Exhausted("none left")
+        raise Exhausted("solved", "a")
 
 
 def exhausted(directory: Path) -> Coordinator:
@@ -166,7 +167,7 @@ def exhausted(directory: Path) -> Coordinator:
     ours = Coordinator(SETTINGS, Curriculum(), Ledger(directory / "ledger.db"), fake_run.raw_scores)
     ours.begin(0.0)
     for text in "0134":
-        ours.tally.judged(PassRate("a", digest(text), -1, 4, 4))
+        ours.draws.tally.judged(PassRate("a", digest(text), -1, 4, 4))
     ours.join("g", 0.0)
     ours.published(0, 0.0)
     ours.applied("g", 0, 0, 0.0)
@@ -183,7 +184,8 @@ def test_the_learner_is_told_when_no_prompt_is_left(tmp_path: Path) -> None:
     assert ours.grants(1.0) == {}
     taken = ours.take(2, 0, 1.0)
     assert taken is not None
-    assert (taken.groups, taken.exhausted, taken.state.ends["in_flight"]) == ([], "none left", 0)
+    assert taken.exhausted == "solved: no prompt of domain 'a' is left"
+    assert (taken.groups, taken.state.ends["in_flight"]) == ([], 0)
     again = Coordinator(SETTINGS, Curriculum(), Ledger(tmp_path / "ledger.db"), fake_run.raw_scores)
     again.begin(2.0, ours.snapshot(0))  # the others were never drawn
     again.join("g", 2.0)
@@ -208,6 +210,56 @@ def test_prompts_are_not_exhausted_while_a_result_may_bring_one_back(tmp_path: P
     taken = ours.take(2, 0, 3.0)
     assert taken is not None
     assert (len(taken.groups), taken.exhausted) == (2, "")
+
+
+def of_two_files(directory: Path, mixture: str) -> Config:
+    """A prompt in each of two domains; what was solved is not drawn again."""
+    table = msgspec.to_builtins(of_file(directory, {"pass_rate": [0.0, 0.5], "mixture": {"name": mixture}}))
+    table["domains"] = []
+    for name, text in (("a", "0"), ("b", "1")):
+        path = directory / f"{name}.jsonl"
+        path.write_text(json.dumps({"prompt": text, "answer": ""}))
+        table["domains"].append({"name": name, "source": "file", "path": str(path)})
+    return parse(table)
+
+
+@pytest.mark.parametrize("mixture", ["static", "adaptive", "deficit"])
+def test_a_domain_that_is_left_out_gives_its_share_to_the_others(tmp_path: Path, mixture: str) -> None:
+    cursor, tally = prompts(of_two_files(tmp_path, mixture)), Tally()
+    tally.arrived("b", 1000)  # so that it is a's turn
+    tally.trained["b"] = tally.ended["b"] = 1000
+    assert "a" in {cursor.draw(tally)[0] for _ in range(9)}
+    assert {cursor.draw(tally, {"a"})[0] for _ in range(9)} == {"b"}
+
+
+def test_where_one_domain_has_no_prompt_left_the_others_go_on(tmp_path: Path) -> None:
+    config = of_two_files(tmp_path, "deficit")
+    ours = Coordinator(config, prompts(config), Ledger(tmp_path / "ledger.db"), fake_run.raw_scores)
+    ours.begin(0.0)
+    ours.published(0, 0.0)
+    ours.join("g", 0.0)
+    ours.applied("g", 0, 0, 0.0)
+
+    def granted() -> list[Lease]:
+        ours.request("g", 99, 1.0)
+        return ours.grants(1.0).get("g", [])
+
+    first, second, third, fourth = granted()
+    assert [lease.prompt.domain for lease in (first, second, third, fourth)] == ["a", "b", "a", "b"]
+    ours.arrived(scored(first, 1.0, 1.0), 1.0)
+    (fifth,) = granted()
+    assert fifth.prompt.domain == "b" and ours.state(1.0).exhausted == ["a"]
+    ours.arrived(scored(third, 0.0, 0.0), 1.0)  # a later draw of the same prompt: it is wanted again
+    assert ours.state(1.0).exhausted == []
+    (sixth,) = granted()
+    assert sixth.prompt.domain == "a"
+    for lease in (second, fourth, fifth, sixth):
+        assert ours.take(2, 0, 1.0) is None
+        ours.arrived(scored(lease, 1.0, 1.0), 1.0)
+    assert granted() == []
+    taken = ours.take(2, 0, 1.0)
+    assert taken is not None and sorted(taken.state.exhausted) == ["a", "b"]
+    assert all(f"no prompt of domain {name!r} is left" in taken.exhausted for name in "ab")
 
 
 def test_rows_are_chosen_by_their_columns(tmp_path: Path) -> None:

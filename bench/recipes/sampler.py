@@ -54,7 +54,7 @@ def shares(config: Config, survival: dict[str, float], num_groups: int) -> Itera
         coordinator = begun(config, Path(folder))
         running: list[tuple[float, int, Lease]] = []
         now = 0.0
-        while (trained := coordinator.tally.trained).total() < num_groups:
+        while (trained := coordinator.draws.tally.trained).total() < num_groups:
             coordinator.request("g", (PLACES - len(running)) * SIZE, now)
             for lease in coordinator.grants(now).get("g", []):
                 ends = now + SECONDS[lease.prompt.domain] * random.exponential()

@@ -32,6 +32,7 @@ class Intake:
         self._subscriber, self._generator, self._incarnation, self._tell = subscriber, generator, incarnation, staged
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
         self._staging: Future[tuple[Staged, float]] | None = None
+        self.applied: Applied | None = None  # what was said of the newest version
         self._wanted = -1
         self._peak = 0.0  # bytes a second, the most seen
         self._stage_from = 0.0  # when to try again after a staging that failed
@@ -68,7 +69,10 @@ class Intake:
         pause_s = time.monotonic() - paused
         rate = staged.num_bytes / stage_s
         self._peak = max(self._peak, rate)
-        return Applied(staged.incarnation, staged.version, stage_s, pause_s, staged.num_bytes, rate / self._peak)
+        self.applied = Applied(
+            staged.incarnation, staged.version, stage_s, pause_s, staged.num_bytes, rate / self._peak
+        )
+        return self.applied
 
     def close(self) -> None:
         self._stager.shutdown(wait=True, cancel_futures=True)
