@@ -9,7 +9,7 @@ import numpy as np
 from engine.config import Config, parse
 from engine.coordinator import Coordinator, Note
 from engine.ledger import Ledger
-from engine.schema import Group, Lease, Prompt
+from engine.schema import Group, Heartbeat, Lease, Prompt, Taken, Trained
 from engine.tally import Tally
 from rewards.verdict import Verdict
 
@@ -107,3 +107,41 @@ def result(
         versions=np.array(stamps * lease.num_samples, np.int32),
         loss_mask=np.ones(num_tokens, np.uint8),
     )
+
+
+# ---- a coordinator and what its neighbours do --------------------------------------------------------------------
+
+
+def begun(tmp_path: Path, *, snapshot: bytes | None = None, **settings: float) -> Coordinator:
+    """A job whose weights are published, without generators yet."""
+    made = coordinator(config(**settings), tmp_path)  # type: ignore[arg-type]
+    made.begin(0.0, snapshot)
+    made.published(made.version, 0.0)
+    return made
+
+
+def enter(coordinator: Coordinator, name: str, num_samples: int, now: float = 0.0) -> list[Lease]:
+    """A generator joins, applies the newest weights and asks; what it is granted."""
+    coordinator.join(name, now)
+    coordinator.applied(name, coordinator.incarnation, coordinator.roster.published, now)
+    coordinator.request(name, num_samples, now)
+    return coordinator.grants(now).get(name, [])
+
+
+def give(coordinator: Coordinator, *leases: Lease, now: float = 1.0, uniform: bool = False) -> list[str]:
+    """The leases' results arrive; the reasons of the acknowledgements."""
+    scores = (lambda sample: 1.0) if uniform else float
+    results = [result(lease, coordinator.incarnation, scores=scores) for lease in leases]
+    return [coordinator.arrived(result, now).reason for result in results]
+
+
+def beat(*held: Lease) -> Heartbeat:
+    return Heartbeat([lease.key for lease in held], 0, 0.0, 0.0)
+
+
+def step(coordinator: Coordinator, taken: Taken | None, end: str = "trained") -> None:
+    assert taken is not None
+    version = coordinator.version + 1
+    group_ids = [group.group_id for group in taken.groups]
+    coordinator.trained(Trained(version, group_ids, end), 2.0)  # type: ignore[arg-type]
+    coordinator.published(version, 2.0)

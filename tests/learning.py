@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from engine import config as configuration
 from engine import parallel
 from engine.algorithms.method import Method, compose
+from engine.attention import Layout
 from engine.config import Config
 from engine.learner import Learner
-from engine.model import build
+from engine.model import build, hidden_states, lm_head
 from engine.packer import Update, pack
 from engine.schema import Group
 from rewards.verdict import Verdict
@@ -118,3 +120,18 @@ def parameters(learner: Learner) -> dict[str, torch.Tensor]:
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def alone(model: Any, group: Group, temperature: float = 1.0) -> list[Tensor]:
+    """The log-probabilities of each of `group`'s completions from a plain forward of it alone."""
+    ends = np.cumsum([0, *group.lengths])
+    scores = []
+    for first, last in zip(ends[:-1], ends[1:], strict=True):
+        ids = np.concatenate([group.prompt_ids, group.token_ids[first:last]]).astype(np.int64)
+        token_ids, size = torch.from_numpy(ids), len(ids)
+        layout = Layout(np.array([0, size]))
+        hidden = hidden_states(model, token_ids, torch.arange(size), layout)
+        start = len(group.prompt_ids)
+        logits = lm_head(model)(hidden[start - 1 : -1]) / temperature
+        scores.append(torch.log_softmax(logits, -1).gather(1, token_ids[start:, None]).squeeze(1))
+    return scores

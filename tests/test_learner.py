@@ -15,30 +15,13 @@ import torch
 from torch import Tensor
 
 from engine import head, policy
-from engine.algorithms.method import Method, compose
-from engine.attention import Layout
 from engine.config import Learner as LearnerConfig
 from engine.learner import Learner
 from engine.learner_loop import became
-from engine.model import hidden_states, lm_head
+from engine.model import lm_head
 from engine.optimizer import NonFinite, learning_rate
 from engine.packer import Update
-from engine.schema import Group, Trained
-
-
-def alone(model: Any, group: Group, temperature: float = 1.0) -> list[Tensor]:
-    """The log-probabilities of each of `group`'s completions from a plain forward of it alone."""
-    ends = np.cumsum([0, *group.lengths])
-    scores = []
-    for first, last in zip(ends[:-1], ends[1:], strict=True):
-        ids = np.concatenate([group.prompt_ids, group.token_ids[first:last]]).astype(np.int64)
-        token_ids, size = torch.from_numpy(ids), len(ids)
-        layout = Layout(np.array([0, size]))
-        hidden = hidden_states(model, token_ids, torch.arange(size), layout)
-        start = len(group.prompt_ids)
-        logits = lm_head(model)(hidden[start - 1 : -1]) / temperature
-        scores.append(torch.log_softmax(logits, -1).gather(1, token_ids[start:, None]).squeeze(1))
-    return scores
+from engine.schema import Trained
 
 
 def gradients(learner: Learner) -> dict[str, Tensor]:
@@ -69,7 +52,7 @@ def test_gradient_is_that_of_the_formula_computed_without_packing(tmp_path: Path
     terms = [
         -advantage * score
         for group in batch
-        for score, advantage in zip(alone(reference, group), learning.FIXED, strict=True)
+        for score, advantage in zip(learning.alone(reference, group), learning.FIXED, strict=True)
     ]
     loss = torch.cat(terms).sum() / sum(len(group.token_ids) for group in batch)
     loss.backward()
@@ -320,118 +303,6 @@ def test_all_ranks_skip_what_one_of_them_cannot_apply(tmp_path: Path) -> None:
     assert learning.on_ranks(2, spoiled_on_rank, tmp_path) == [(0.0, 1), (0.0, 1)]
 
 
-# ---- proximal and reference policies ---------------------------------------------------------------------------
-
-
-class Recorder:
-    """A method that keeps what the learner tells it of the other policies."""
-
-    def __init__(self, method: Method):
-        self._method = method
-        self.seen: list[Any] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._method, name)
-
-    def loss(self, logprob: Tensor, entropy: Tensor, tokens: Any, **counts: int) -> Any:
-        self.seen.append((logprob.detach(), tokens))
-        return self._method.loss(logprob, entropy, tokens, **counts)
-
-
-def recorded(directory: Path, *overrides: str) -> tuple[Learner, list[Any], list[Update]]:
-    config = learning.configure("learner.tokens_per_micro_batch=4096", "ops.backend='reference'", *overrides)
-    method = Recorder(compose(config.algorithm))
-    learner = learning.learner(config, directory, method)  # type: ignore[arg-type]
-    updates = learning.take(config, learning.groups(4))
-    learner.step(updates)
-    return learner, method.seen, updates
-
-
-def test_proximal_policy_is_that_of_the_start_of_the_step(tmp_path: Path) -> None:
-    _, seen, _ = recorded(tmp_path, "learner.updates_per_step=2", "algorithm.correction.name='decoupled'")
-    start = learning.learner(learning.configure(), tmp_path).model
-    (_, first), (now, second) = seen
-    expected = torch.cat([score for group in learning.groups(4)[2:] for score in alone(start, group)])
-    assert first.proximal is None  # the policy itself
-    assert torch.allclose(second.proximal.sort().values, expected.sort().values, atol=1e-12)
-    assert (second.proximal - now).abs().max() > 1e-3
-
-
-def test_proximal_policy_is_not_computed_where_nothing_needs_it(tmp_path: Path) -> None:
-    _, seen, _ = recorded(tmp_path, "learner.updates_per_step=2")
-    assert [tokens.proximal for _, tokens in seen] == [None, None]
-
-
-def test_own_tokens_are_those_of_the_learners_version_until_the_policy_moves(tmp_path: Path) -> None:
-    learner, seen, updates = recorded(tmp_path, "learner.updates_per_step=2")
-    learner.step(updates)  # the same tokens again, of version 0, at version 1
-    assert [tokens.moved for _, tokens in seen] == [False, True, False, True]
-    assert [tokens.staleness.unique().tolist() for _, tokens in seen] == [[0], [0], [1], [1]]
-
-
-def test_reference_stays_where_the_policy_started(tmp_path: Path) -> None:
-    learner, seen, updates = recorded(tmp_path, "algorithm.kl={ name = 'k3', coefficient = 0.5 }")
-    learner.step(updates)
-    (start, first), (moved, second) = seen
-    assert torch.equal(first.reference, start)
-    assert torch.equal(second.reference, start)
-    assert (moved - start).abs().max() > 1e-3
-
-
-# ---- what the head is asked for ---------------------------------------------------------------------------------
-
-
-def partly_idle(config: Any) -> list[Update]:
-    """A take in which the second completion of every group has no advantage, and the third only at its first token."""
-    (update,) = learning.take(config, learning.groups(3))
-    (micro,) = update.micro_batches[0]
-    place, first = micro.sequence % 4, np.diff(micro.sequence, prepend=-1) != 0
-    idle = (place == 1) | ((place == 2) & ~first)
-    advantage = np.where(idle, np.float32(0), micro.advantage)
-    return [replace(update, micro_batches=[[replace(micro, advantage=advantage)]])]
-
-
-@pytest.mark.parametrize("loss", ["reinforce", "gspo"])
-def test_idle_completions_cost_no_head_where_only_trained_ones_are_measured(tmp_path: Path, loss: str) -> None:
-    large = ("learner.tokens_per_micro_batch=4096", f"algorithm.loss.name='{loss}'", "ops.backend='reference'")
-    outcomes = []
-    for health in ("all", "trained"):
-        config = learning.configure(f"ops.health='{health}'", *large)
-        method = Recorder(compose(config.algorithm))
-        learner = learning.learner(config, tmp_path, method)  # type: ignore[arg-type]
-        metrics = learner.step(partly_idle(config))
-        outcomes.append((len(method.seen[0][0]), learning.parameters(learner), metrics))
-    (every, weights, metrics), (some, weights_2, metrics_2) = outcomes
-    lengths = [length for group in learning.groups(3) for length in group.lengths]
-    assert (every, some) == (sum(lengths), sum(lengths) - sum(lengths[1::4]))
-    assert learning.largest_difference(weights, weights_2) < 1e-12
-    assert metrics_2["loss"] == pytest.approx(metrics["loss"], rel=1e-12)
-    assert metrics_2["num_tokens"] == metrics["num_tokens"]
-
-
-def test_idle_completions_have_an_entropy_to_train(tmp_path: Path) -> None:
-    large = ("learner.tokens_per_micro_batch=4096", "ops.backend='reference'")
-    config = learning.configure("ops.health='trained'", *large, "algorithm.entropy=0.1")
-    method = Recorder(compose(config.algorithm))
-    learning.learner(config, tmp_path, method).step(partly_idle(config))  # type: ignore[arg-type]
-    assert len(method.seen[0][0]) == sum(len(group.token_ids) for group in learning.groups(3))
-
-
-def test_masked_tokens_cost_no_head(tmp_path: Path) -> None:
-    config = learning.configure("learner.tokens_per_micro_batch=4096", "ops.backend='reference'")
-    method = Recorder(compose(config.algorithm))
-    (update,) = learning.take(config, learning.groups(3))
-    (micro,) = update.micro_batches[0]
-    mask = (np.arange(len(micro.mask)) % 3 > 0).astype(np.float32)
-    learner = learning.learner(config, tmp_path, method)  # type: ignore[arg-type]
-    metrics = learner.step([replace(update, micro_batches=[[replace(micro, mask=mask)]])])
-    start = learning.learner(config, tmp_path).model
-    scores = torch.cat([score for group in learning.groups(3) for score in alone(start, group)])
-    expected = -(scores * torch.from_numpy(mask * micro.advantage)).sum().item() / len(mask)
-    assert len(method.seen[0][0]) == mask.sum()
-    assert metrics["loss"] == pytest.approx(expected, rel=1e-12)
-
-
 # ---- scores ----------------------------------------------------------------------------------------------------
 
 
@@ -441,7 +312,7 @@ def test_mismatch_is_the_mean_distance_from_the_record(tmp_path: Path) -> None:
     batch = []
     for group in learning.groups(3):
         temperature = 0.7 + group.group_id / 4  # each group at its own, as a schedule may have it
-        scores = torch.cat(alone(learner.model, group, temperature)).detach().numpy()
+        scores = torch.cat(learning.alone(learner.model, group, temperature)).detach().numpy()
         shift = np.where(np.arange(len(scores)) % 2, 0.25, -0.25).astype(np.float32)
         batch.append(msgspec.structs.replace(group, logprobs=shift + np.float32(scores), temperature=temperature))
     assert learner.mismatch(batch) == pytest.approx(0.25, abs=1e-6)
