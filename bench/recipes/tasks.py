@@ -42,6 +42,14 @@ def rambling(seed: int, index: int, *, letters: list[int], dots: list[int], slip
     return {"prompt": f"{word}=", "answer": word[::-1], "demonstration": "." * random.randint(*dots) + shown}
 
 
+def capitals(seed: int, index: int, *, letters: int, slips: float) -> dict[str, Any]:
+    """A word to be spelled backwards in capitals; demonstrations have each letter small with a chance of `slips`."""
+    random = Random(f"{seed} {index}")
+    word = "".join(random.choices(LETTERS, k=letters))
+    shown = "".join(letter if random.random() < slips else letter.upper() for letter in word[::-1])
+    return {"prompt": f"{word}=", "answer": word[::-1].upper(), "demonstration": shown}
+
+
 def after_dots(prompt: str, completion: str, answer: str, **fields: Any) -> float:
     """1 where what follows the leading dots is the answer."""
     return float(completion.lstrip(".") == answer)
