@@ -1,6 +1,6 @@
 """python -m rewards.curate RECIPE.toml FILE.jsonl ... --out OUT.jsonl: keeps the rows that are fit for training.
 
-RECIPE has one [[filters]] table a filter, applied in their order:
+RECIPE has one [[filters]] table a filter, applied in their order; configs/curate/math.toml is one. `name` may be
 
     duplicates   the same words as an earlier row       length    too short or too long
     overlap      shares n words with a test set         leak      the prompt holds words of its reference
@@ -14,6 +14,7 @@ OUT.report.json. The same command continues where an earlier one was ended; begi
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -31,7 +32,8 @@ from rich.progress import Progress
 
 from rewards.endpoint import EndpointError
 from rewards.rows import Row, read_rows
-from rewards.stages import Item, Workshop, build
+from rewards.screens import SCREENS
+from rewards.stages import STAGES, Item, Workshop, build
 
 NUM_EXAMPLES = 3  # rows that the report names for each reason
 SHOWN = 20  # reasons on the terminal
@@ -141,10 +143,23 @@ def report(decisions: list[Decision], wall_s: float) -> dict[str, Any]:
     }
 
 
+def options() -> str:
+    """Every filter with its options and their defaults, a line each."""
+    lines = ["options of the filters (without a default: needed):"]
+    for name, maker in {**SCREENS, **STAGES}.items():
+        named = [each for each in inspect.signature(maker).parameters.values() if each.kind is each.KEYWORD_ONLY]
+        shown = (each.name if each.default is each.empty else f"{each.name} = {each.default!r}" for each in named)
+        lines.append(f"    {name:<13}{', '.join(shown)}")
+    return "\n".join(lines)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Keeps the rows of JSONL files that are fit for training.")
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
+    assert __doc__ is not None
+    kind = argparse.RawDescriptionHelpFormatter
+    about = __doc__.partition(": ")[2]
+    parser = argparse.ArgumentParser("rewards.curate", description=about, epilog=options(), formatter_class=kind)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml", help="[[filters]] tables")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="rows with prompt, answer and so on")
     parser.add_argument("--out", type=Path, required=True, help="JSONL of the rows kept")
     parser.add_argument("--workers", type=int, default=0, help="processes; default: one a core")
     parser.add_argument("--deadline", type=float, default=10.0, help="seconds for one completion or row")

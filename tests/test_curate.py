@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from scripted_server import ScriptedServer
 
+from rewards.curate import main
 from rewards.ngrams import ngrams
-from rewards.screens import answer_kind, make
-from rewards.stages import weakness
+from rewards.screens import SCREENS, answer_kind, make
+from rewards.stages import STAGES, weakness
 from rewards.verdict import Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -223,6 +224,39 @@ most = 0.75
     assert [row["pass_rate"] for row in read(tmp_path / "out.jsonl")] == [0.25, 0.5, 0.75, 0.25]
     assert report["dropped"]["pass_rate"]["reasons"] == {"0": 1, "1": 1}
     assert report["pass_rates"] == {"0.000": 1, "0.250": 2, "0.500": 1, "0.750": 1, "1.000": 1}
+
+
+def test_the_recipe_for_mathematics_keeps_what_is_fit(tmp_path):
+    (tmp_path / "data").mkdir()
+    known = "Find the number of ways to place ten rooks on a board of eight by eight squares."
+    write(tmp_path / "data" / "aime24.jsonl", [{"prompt": known}])
+    fit = {"prompt": "What is the sum of all positive divisors of the number 28?", "answer": "56"}
+    unfit = {
+        "duplicates": {**fit, "prompt": fit["prompt"].upper()},
+        "overlap": {"prompt": f"Hello. {known}", "answer": "0"},
+        "length": {"prompt": "2+2?", "answer": "4"},
+        "pattern": {"prompt": "Prove that the square root of two is not a rational number.", "answer": "1"},
+        "language": {"prompt": "Was ist die Summe aller positiven Teiler der Zahl 28, und warum?", "answer": "56"},
+        "answer": {"prompt": "Which of these numbers is the largest of all: 5, 7 or 11?", "answer": "(C)"},
+    }
+    file = write(tmp_path / "raw.jsonl", [fit, *unfit.values()])
+    call = command(ROOT / "configs" / "curate" / "math.toml", file, "--out", tmp_path / "out.jsonl")
+    done = subprocess.run(**{**call, "cwd": tmp_path}, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "out.jsonl") == [fit]
+    dropped = json.loads((tmp_path / "out.jsonl.report.json").read_text())["dropped"]
+    assert {name: [row["row"] for row in entry["examples"]] for name, entry in dropped.items()} == {
+        name: [number] for number, name in enumerate(unfit, 2)
+    }
+
+
+def test_help_tells_every_filter_and_its_options(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["curate", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    told = capsys.readouterr().out
+    assert set(STAGES) | set(SCREENS) <= set(told.split())
+    assert "overlap      against, n = 9, column = 'prompt', their_column = 'prompt'" in told
 
 
 CODE = """
