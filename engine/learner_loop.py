@@ -213,10 +213,9 @@ class Job:
         assert self.progress is not None
         self.progress.close()
         if summary["accuracy_after"] is not None and summary["accuracy_before"] is not None:
-            self.progress.say(
-                f"held-out accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%} "
-                f"(± {summary['accuracy_stderr']:.1%})"
-            )
+            before, after, stderr = (summary[f"accuracy_{name}"] for name in ("before", "after", "stderr"))
+            margin = "" if stderr is None else f" (± {stderr:.1%})"  # of one prompt there is none
+            self.progress.say(f"held-out accuracy {before:.1%} -> {after:.1%}{margin}")
         self.progress.say(
             f"{summary['steps']} steps in {summary['wall_s']:.0f} s; {summary['trained_tokens']:,} tokens trained, "
             f"{summary['generated_tokens']:,} generated; idle {summary['learner_idle']:.0%} learner, "

@@ -1,5 +1,6 @@
 """The loop's course, told to a job that only notes what it is told to do."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import fake_run
@@ -61,3 +62,14 @@ def test_a_stopped_run_is_saved() -> None:
     with pytest.raises(Stopped):
         learn(job)  # type: ignore[arg-type]
     assert job.done == [*START, "publish", "record", "save"]
+
+
+@pytest.mark.parametrize(("stderr", "said"), [(0.017, "50.0% -> 75.0% (± 1.7%)"), (None, "50.0% -> 75.0%")])
+def test_the_end_tells_the_accuracy_also_of_a_single_held_out_prompt(stderr: float | None, said: str) -> None:
+    lines: list[str] = []
+    run = SimpleNamespace(path="runs/a", export="runs/a/export")
+    job = SimpleNamespace(progress=SimpleNamespace(close=lambda: None, say=lines.append), run=run)
+    counts = dict.fromkeys(("steps", "wall_s", "trained_tokens", "generated_tokens"), 1)
+    shares = {"accuracy_before": 0.5, "accuracy_after": 0.75, "accuracy_stderr": stderr}
+    Job.show(job, {**counts, **shares, "learner_idle": 0.1, "generator_idle": 0.2})  # type: ignore[arg-type]
+    assert lines[0] == f"held-out accuracy {said}"
