@@ -87,6 +87,7 @@ class Domain(Struct, kw_only=True):
     task: str = ""  # reasoning_gym: the data set's name; callable: import path "package.module:function"
     path: str = ""  # file: .jsonl or .parquet with `prompt`, `answer` and any further columns
     eval_path: str = ""  # file: held-out data; empty: the split is made by prompt hash
+    columns: dict[str, str] = {}  # file: our name of a column = its own: { answer = "reward_model.ground_truth" }
     options: dict[str, Any] = {}  # of the task or the callable; any task: level = 2 or [0, 4] of its curriculum
     question: str = ""  # reasoning_gym: words the task by the item's metadata, "{word}="; empty: by its own question
     template: str = "{prompt}"  # what text prompts, not chat messages, are put into; or a file that holds it
@@ -429,9 +430,9 @@ def check(config: Config) -> None:
         if names.count(name) > 1:
             raise ConfigError(f"domains: the name {name!r} stands twice")
     for number, domain in enumerate(config.domains):
-        for name in ("path", "eval_path"):
-            if (path := getattr(domain, name)) and domain.source != "file":
-                raise ConfigError(f"domains.{number}.{name} = {path!r}: only where source = 'file'")
+        for name in ("path", "eval_path", "columns"):
+            if (value := getattr(domain, name)) and domain.source != "file":
+                raise ConfigError(f"domains.{number}.{name} = {value!r}: only where source = 'file'")
     if config.critic.shared and config.critic.path:
         raise ConfigError(f"critic.path = {config.critic.path!r}: a shared critic has no model of its own")
     if config.learner.updates_per_step > config.run.groups_per_step:

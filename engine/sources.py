@@ -185,10 +185,10 @@ def open_source(config: Config, number: int, tokenizer: "PreTrainedTokenizerBase
 
 
 def open_file(field: str, domain: Domain, mould: Mould, seed: int, columns: Columns) -> Source:
-    rows = within(read_rows(f"{field}.path", domain.path, domain.name, mould), columns)
+    rows = within(read_rows(f"{field}.path", domain.path, domain, mould), columns)
     if not rows:
         raise ConfigError(f"curriculum.columns = {columns!r}: no row of {field}.path = {domain.path!r} lies within")
-    held_out = read_rows(f"{field}.eval_path", domain.eval_path, domain.name, mould) if domain.eval_path else None
+    held_out = read_rows(f"{field}.eval_path", domain.eval_path, domain, mould) if domain.eval_path else None
     return Rows(f"{field}.path = {domain.path!r}", rows, held_out, seed)
 
 
@@ -258,7 +258,7 @@ def _try(field: str, draw: Draw) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------
 
 
-def read_rows(field: str, path: str, domain: str, mould: Mould) -> list[Prompt]:
+def read_rows(field: str, path: str, domain: Domain, mould: Mould) -> list[Prompt]:
     """Every row of a file as a prompt; where there is a column `domain`, only the rows that name this one."""
     field = f"{field} = {path!r}"
     reader = READERS.get(Path(path).suffix)
@@ -271,16 +271,29 @@ def read_rows(field: str, path: str, domain: str, mould: Mould) -> list[Prompt]:
         raise ConfigError(f"{field}: cannot read it: {why}") from error
     prompts = []
     for number, row in enumerate(rows):
-        if row.get("domain", domain) != domain:
+        if row.get("domain", domain.name) != domain.name:
             continue
         try:
-            prompts.append(mould(row, number))
+            prompts.append(mould(renamed(row, domain.columns), number))
         except ValueError as error:
             raise ConfigError(f"{field}: row {number + 1}: {error}") from error
     if not prompts:
         others = ", ".join(sorted({str(row["domain"]) for row in rows}))
-        raise ConfigError(f"{field}: no rows" + (f" of domain {domain!r}; there are {others}" if others else ""))
+        raise ConfigError(f"{field}: no rows" + (f" of domain {domain.name!r}; there are {others}" if others else ""))
     return prompts
+
+
+def renamed(row: Row, columns: dict[str, str]) -> Row:
+    """`row` with the columns that `columns` names, ours = theirs, under our names too; a dot leads into a column."""
+    found = {}
+    for ours, theirs in columns.items():
+        value: Any = row
+        for key in theirs.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(f"no column {theirs!r}; there are {', '.join(map(repr, row))}")
+            value = value[key]
+        found[ours] = value
+    return row | found
 
 
 def within(prompts: list[Prompt], columns: Columns) -> list[Prompt]:

@@ -107,6 +107,17 @@ def test_data_without_a_column(refusal, tmp_path: Path, column: str) -> None:
     assert line.endswith("; there are " + ", ".join(map(repr, row)))
 
 
+def test_columns_by_other_names(refusal, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = rows(tmp_path / "a.jsonl", {"question": "1=", "reward_model": {"ground_truth": "1"}})
+    file = (*FILE, f"--domains.0.path={path}", "--domains.0.eval_prompts=0")
+    found = "--domains.0.columns={ prompt = 'question', answer = 'reward_model.ground_truth' }"
+    assert launch.main([str(SMALL), f"--run.root={root}", "--dry-run", *file, found]) == 0
+    assert "'1='" in capsys.readouterr().out
+    for theirs in ("reward_model.truth", "reward_model.ground_truth.x", "label"):
+        line = refusal(*file, f"--domains.0.columns={{ prompt = 'question', answer = '{theirs}' }}")
+        assert line.endswith(f"row 1: no column '{theirs}'; there are 'question', 'reward_model'")
+
+
 def test_a_line_that_is_no_json_object(refusal, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for line, why in (('{"prompt": oops}', "JSON is malformed"), ('[{"prompt": "1="}]', "Expected object, got array")):
