@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from engine.algorithms.method import compose
 from engine.attention import Layout, attend_cuda, attend_plain
@@ -20,7 +21,7 @@ from engine.model import build
 from engine.packer import pack
 from engine.schema import Group, Lease, Prompt, Sampling
 from engine.weights import Manifest, Publisher, Server, collective, subscribe
-from engine.weights.collective import Broadcaster
+from engine.weights.collective import Broadcaster, CollectiveSource
 from engine.weights.group import Nccl
 from rewards.verdict import Verdict
 
@@ -186,12 +187,13 @@ def stage_by_nccl(pipe, segment, port):
             staged = subscriber.stage(0, version)
             values = {tensor.unique().item() for tensor in staged.tensors.values()}
             source = subscriber._source
+            assert isinstance(source, CollectiveSource)
             pipe.send((staged.digest, values, source.num_received, type(source._group).__name__))
 
 
 def test_weights_travel_by_nccl_and_outlive_a_generator(monkeypatch):
-    if torch.cuda.nccl.version() < (2, 30):
-        pytest.skip(f"NCCL {torch.cuda.nccl.version()} has no two ranks on one GPU: 2.30 does")
+    if nccl.version() < (2, 30):
+        pytest.skip(f"NCCL {nccl.version()} has no two ranks on one GPU: 2.30 does")
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     monkeypatch.setattr(Nccl, "piece_bytes", PIECE_BYTES)
     monkeypatch.setattr(collective, "GATHER", 0.1)

@@ -72,7 +72,8 @@ class Broadcaster:
         )
         self._bell, self._rope = socket.socketpair()
         self._bell.setblocking(False)
-        self._epoch, self._group = 0, None
+        self._epoch = 0
+        self._group: Group | None = None
         self._members: list[str] = []  # of the group
         self._expected = {STRANGER}  # the first time nobody knows who will come, so the whole moment is waited for
         self._later: set[str] = set()  # expected from the next broadcast on
@@ -184,6 +185,8 @@ class Broadcaster:
                 self._rope.send(b".")
 
     def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
         self._bell.close()
         self._rope.close()
         self._segment.close()
@@ -203,7 +206,8 @@ class CollectiveSource:
         self._step_s, self._whole_s, self._device = step_s, WHOLE * timeout_s, device
         self._gpu = group.gpu(device)
         self._member = uuid4().hex
-        self._epoch, self._group = 0, None
+        self._epoch = 0  # of the group; 0: there is none
+        self._group: Group | None = None
         self.num_received = 0  # broadcasts
 
     def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[tuple[slice, int]]:
