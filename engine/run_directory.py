@@ -179,13 +179,12 @@ def check_port(config: Config) -> None:
         try:
             probe.bind((config.placement.bind, config.placement.port))
         except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", "no such port")
             if isinstance(error, socket.gaierror) or getattr(error, "errno", 0) == errno.EADDRNOTAVAIL:
-                allowed = f"{error.strerror}; must be an interface of this host, or 0.0.0.0 for all"
-                raise ConfigError(f"placement.bind = {config.placement.bind!r}: {allowed}") from error
-            raise ConfigError(
-                f"placement.port = {config.placement.port} on {config.placement.bind}: "
-                f"{getattr(error, 'strerror', 'no such port')}; choose another, or 0 for a free one"
-            ) from error
+                allowed = "must be an interface of this host, or 0.0.0.0 for all"
+                raise ConfigError(f"placement.bind = {config.placement.bind!r}: {why}; {allowed}") from error
+            place = f"placement.port = {config.placement.port} on {config.placement.bind}"
+            raise ConfigError(f"{place}: {why}; choose another, or 0 for a free one") from error
 
 
 def check_is_run(run: RunDirectory) -> None:
