@@ -189,8 +189,17 @@ def receive(make: Callable[[], Group], into: np.ndarray, until: float) -> tuple[
         if not isinstance(found, tuple):
             return found, total
         slot, place, piece = found
-        total += int(buckets.flatten([piece], target[place], [0], [torch.uint8], place.start))
+        total += _copy(piece, target[place], place.start)
         free.put(slot)
+
+
+def _copy(piece: Tensor, target: Tensor, position: int) -> int:
+    """The sum over it. In parts so small that torch wakes no threads, which would spin on the cores that gloo needs."""
+    sums = (
+        buckets.flatten([piece[part]], target[part], [0], [torch.uint8], position + part.start)
+        for part in pieces(len(piece))
+    )
+    return sum(map(int, sums))
 
 
 def _receive(
