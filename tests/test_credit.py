@@ -122,3 +122,16 @@ def test_penalties_count_before_the_baseline() -> None:
     cut = msgspec.structs.replace(group(1.0, 1.0), finish=["stop", "length"])
     (values,) = advantages(method("group_mean"), zeroing, [cut])
     assert values.tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize(("step", "num_sequences", "gains"), [(0, 4, {0.25, -0.75}), (1, 3, {0.25})])
+def test_what_the_overlong_filter_takes_counts_in_the_baseline_and_does_not_train(step, num_sequences, gains) -> None:
+    """The schedule turns it on after the first step."""
+    config = learning.configure("schedule=[{ step = 1, algorithm = { overlong_filter = true } }]")
+    verdicts = [Verdict(score, score == 1.0) for score in (1.0, 0.0, 1.0, 1.0)]
+    finish = ["stop", "length", "stop", "stop"]
+    group = msgspec.structs.replace(learning.groups(1)[0], lease_version=step, finish=finish, verdicts=verdicts)
+    (update,) = prepare(Schedule(config), method("group_mean"), RAW, [group], version=step)
+    micro_batches = [micro for micros in update.micro_batches for micro in micros]
+    assert update.num_sequences == num_sequences
+    assert {float(gain) for micro in micro_batches for gain in micro.advantage} == gains
