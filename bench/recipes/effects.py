@@ -6,10 +6,9 @@ parameters that spells words backwards is no language model that reasons: an eff
 does not show says little, and both are kept.
 
 Of the recipe an arm changes what its overrides and those of its effect say, no more; those of the effect are the same
-for all arms, and none was tuned for one of them. Most begin from what `backwards` makes rather than from the recipes'
-short warm start, after which seeds differ by more than any method does; staleness, dense rewards and value pretraining
-take 256 answers a step, the first and the last of them four updates, and value pretraining the paper's 50 takes and its
-ratio of 2 between the rates of critic and policy.
+for all arms, and none was tuned for one of them. Staleness, dense rewards and the length curriculum take 256 answers a
+step and begin from what `backwards` or `capitals` make, not from the recipes' short warm start, after which seeds
+differ by more than any method does.
 """
 
 import argparse
@@ -198,10 +197,10 @@ EFFECTS = {
         partial(
             trained,
             "vapo",
-            [*backwards(4, 0.3, words=EXACT), "--learner.updates_per_step=4", "--critic.lr=6e-4"],  # twice the policy's
+            ["--learner.updates_per_step=4"],
             {
                 "none": Arm(["--critic.pretrain_steps=0", "--run.steps=40"]),
-                "50 takes": Arm(["--critic.pretrain_steps=50", "--run.steps=90"]),
+                "16 steps": Arm(["--critic.pretrain_steps=16", "--run.steps=56"]),
             },
         ),
     ),
