@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from threading import Event
 from threading import enumerate as enumerate_threads
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -345,7 +346,7 @@ def answers(broadcaster: Broadcaster, now: float) -> dict[str, tuple[int, int] |
 
 def end(broadcaster: Broadcaster, *, well: bool = True) -> None:
     assert broadcaster._round is not None
-    kept: Any = object() if well else None
+    kept: Any = SimpleNamespace(close=lambda: None) if well else None
     broadcaster._round.group, broadcaster._round.done = kept, True
 
 
@@ -355,9 +356,10 @@ def test_the_first_moment_is_waited_for_and_then_who_is_expected(muster: tuple[B
     entered(broadcaster, header, "ba", 0.0)
     assert answers(broadcaster, 0.9) == {} and broadcaster.deadline == 1.0
     assert answers(broadcaster, 1.0) == {"a": (1, 1), "b": (1, 2)}
+    end(broadcaster)
+    assert answers(broadcaster, 1.1) == {}
     entered(broadcaster, header, "c", 1.1)  # late: it is expected from now on
     assert answers(broadcaster, 1.1) == {"c": None}
-    end(broadcaster)
     header = published(publisher, 2)
     entered(broadcaster, header, "ab", 2.0, epoch=1)
     assert answers(broadcaster, 2.0) == {}
@@ -398,17 +400,22 @@ def test_a_group_that_one_has_lost_is_made_anew(muster: tuple[Broadcaster, Publi
 
 def test_a_newer_version_supersedes_and_an_older_one_is_refused(muster: tuple[Broadcaster, Publisher]) -> None:
     broadcaster, publisher = muster
+    broadcaster._expected = {"a", "b", "c", "e"}
     first, second = published(publisher, 1), published(publisher, 2)
     entered(broadcaster, first, "ab", 0.0)
+    assert answers(broadcaster, 0.0) == {}
     entered(broadcaster, second, "c", 0.1)
     assert answers(broadcaster, 0.1) == {"a": None, "b": None}
     entered(broadcaster, first, "d", 0.2)
     assert answers(broadcaster, 0.2) == {"d": None}
-    published(publisher, 3)
-    entered(broadcaster, first, "e", 0.3)  # overwritten
-    assert answers(broadcaster, 0.3) == {"e": None}
-    assert answers(broadcaster, 1.1) == {"c": (1, 1)}
-    assert broadcaster._expected == {"a", "b", "c", "d", "e"}
+    entered(broadcaster, second, "e", 0.3)
+    assert answers(broadcaster, 0.3) == {"c": (1, 1), "e": (1, 2)}  # who was refused will not come
+    assert broadcaster._expected == {"a", "b", "c", "d", "e"}  # until the next time
+    end(broadcaster)
+    assert answers(broadcaster, 0.4) == {}
+    overwritten, *_ = [published(publisher, version) for version in (3, 4, 5)]
+    entered(broadcaster, overwritten, "a", 0.4)
+    assert answers(broadcaster, 0.4) == {"a": None}
 
 
 def test_a_round_that_never_ends_is_left_behind(muster: tuple[Broadcaster, Publisher]) -> None:
