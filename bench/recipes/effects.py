@@ -112,15 +112,20 @@ LIMIT, BUFFER = 32, 16  # of the penalties' tokens
 PENALTIES = {"none": "", "plain": "{ name = 'overlong', ", "difficulty-aware": "{ name = 'difficulty_aware', "}
 
 
+def two_marks(chance: str) -> list[str]:
+    """Easy prompts, whose answers may be short, and hard ones, right by the `chance` of their answer's length."""
+    easy, hard = thinking("easy", "easy", "aaaa", 4, 24, LIMIT), thinking("hard", chance, "hhhh", 18, 31, LIMIT)
+    return [f"--domains=[{easy}, {hard}]"]
+
+
 def penalty_arms() -> dict[str, Arm]:
     """No penalty, the plain and the difficulty-aware one, where hard prompts need long answers and where these help
     a little."""
     arms = {}
     for chance in ("steep", "gentle"):
-        easy, hard = thinking("easy", "easy", "aaaa", 4, 24, LIMIT), thinking("hard", chance, "hhhh", 18, 31, LIMIT)
         for name, slot in PENALTIES.items():
             slots = f"[{slot}limit = {LIMIT}, buffer = {BUFFER} }}]" if slot else "[]"
-            arms[f"{name}, {chance}"] = Arm([f"--domains=[{easy}, {hard}]", f"--algorithm.penalties={slots}"])
+            arms[f"{name}, {chance}"] = Arm([*two_marks(chance), f"--algorithm.penalties={slots}"])
     return arms
 
 
@@ -197,10 +202,13 @@ EFFECTS = {
         partial(
             trained,
             "vapo",
-            ["--learner.updates_per_step=4"],
+            [
+                *(*two_marks("steep"), f"--generator.max_new_tokens={LIMIT}", "--model.context=40"),
+                *("--warm_start.steps=100", "--learner.updates_per_step=4", "--run.group_size=8"),
+            ],
             {
-                "none": Arm(["--critic.pretrain_steps=0", "--run.steps=40"]),
-                "16 steps": Arm(["--critic.pretrain_steps=16", "--run.steps=56"]),
+                "none": Arm(["--critic.pretrain_steps=0", "--run.steps=30"]),
+                "30 takes": Arm(["--critic.pretrain_steps=30", "--run.steps=60"]),
             },
         ),
     ),
