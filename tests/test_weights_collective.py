@@ -245,8 +245,6 @@ def test_who_was_called_and_does_not_come_is_not_waited_for(
         generator.want(1)
     assert [generator.got() for generator in job.generators] == [(digest, 0)] * 2
     assert time.monotonic() - begin < 4 * 4.0
-    digest = job.publish(2)
-    assert [generator.got() for generator in job.generators] == [(digest, 1)] * 2
 
 
 def test_a_source_that_dies_is_an_error_and_no_hang() -> None:
