@@ -6,9 +6,9 @@ parameters that spells words backwards is no language model that reasons: an eff
 does not show says little, and both are kept.
 
 Of the recipe an arm changes what its overrides and those of its effect say, no more; those of the effect are the same
-for all arms, and none was tuned for one of them. Staleness, dense rewards and the length curriculum take 256 answers a
-step and begin from what `backwards` or `capitals` make, not from the recipes' short warm start, after which seeds
-differ by more than any method does.
+for all arms, and none was tuned for one of them. Staleness and dense rewards take 256 answers a step and begin from
+what `backwards` and `capitals` make, not from the recipes' short warm start, after which seeds differ by more than any
+method does: value pretraining and the curriculum, which begin there, say little.
 """
 
 import argparse
@@ -192,7 +192,7 @@ def dense_arms() -> dict[str, Arm]:
 
 ALONE = "--stages=[]"
 EXACT, DENSE = "reward = 'exact'", "reward = 'agreement'"
-OPTIONS = "{ letters = [4, 4], dots = [0, 20], slips = 0.2 }"
+OPTIONS = "{ letters = [3, 6], dots = [0, 12] }"
 RAMBLING = callable_domain("words", "rambling", OPTIONS, f"reward = '{TASKS}after_dots'")
 
 EFFECTS = {
@@ -202,13 +202,10 @@ EFFECTS = {
         partial(
             trained,
             "vapo",
-            [
-                *(*two_marks("steep"), f"--generator.max_new_tokens={LIMIT}", "--model.context=40"),
-                *("--warm_start.steps=100", "--learner.updates_per_step=4", "--run.group_size=8"),
-            ],
+            ["--learner.updates_per_step=4"],
             {
-                "none": Arm(["--critic.pretrain_steps=0", "--run.steps=30"]),
-                "30 takes": Arm(["--critic.pretrain_steps=30", "--run.steps=60"]),
+                "none": Arm(["--critic.pretrain_steps=0", "--run.steps=40"]),
+                "16 steps": Arm(["--critic.pretrain_steps=16", "--run.steps=56"]),
             },
         ),
     ),
@@ -232,17 +229,14 @@ EFFECTS = {
         partial(
             trained,
             "acereason",
-            [
-                *(f"--domains=[{RAMBLING}]", SMALL, *SIZE, ALONE, "--model.context=40", "--run.steps=60"),
-                "--warm_start.batch_size=128",
-            ],
+            [ALONE, f"--domains=[{RAMBLING}]", SMALL, "--run.steps=60"],
             {
-                "28 tokens": Arm(["--generator.max_new_tokens=28"]),
-                "10, 18, then 28": Arm(
+                "20 tokens": Arm(["--generator.max_new_tokens=20"]),
+                "8, 14, then 20": Arm(
                     [
-                        "--generator.max_new_tokens=10",
-                        "--schedule=[{ step = 20, generator = { max_new_tokens = 18 } }, "
-                        "{ step = 40, generator = { max_new_tokens = 28 } }]",
+                        "--generator.max_new_tokens=8",
+                        "--schedule=[{ step = 20, generator = { max_new_tokens = 14 } }, "
+                        "{ step = 40, generator = { max_new_tokens = 20 } }]",
                     ]
                 ),
             },
