@@ -45,7 +45,7 @@ from engine.schema import (
 from engine.scorer import Scorer
 from engine.stream import Link, Pump, Silence
 from engine.tokenizer import decode, from_files, token_ends
-from engine.weights import Intake, WeightsError, subscribe
+from engine.weights import Intake, Subscriber, WeightsError, subscribe
 from rewards.verdict import Verdict
 
 # What may differ between generators of a job: how they compute, not what.
@@ -61,21 +61,7 @@ class Actor:
         self._tokenizer = from_files(welcome.files)
         self._generator: Generator = GENERATORS[config.generator.engine](config, welcome.files, self._tokenizer)
         self._scorer = Scorer(config)
-        weights = subscribe(
-            config.weights.route,
-            directory=config.weights.directory,
-            segment=welcome.segment,
-            host=welcome.host,
-            address=f"{link.address.rpartition(':')[0]}:{welcome.weights_port}",
-            timeout_s=config.deadlines.publish_s,
-            memory=self._generator.memory,
-            key=key,
-            broadcast_s=config.deadlines.broadcast_s,
-            device=config.generator.device,
-        )
-        if self._generator.manifest is not None:
-            self._generator.manifest.require(weights.manifest)
-        self._intake = Intake(weights, self._generator, self._incarnation, self._wake)
+        self._intake = Intake(self._subscribe(welcome, key), self._generator, self._incarnation, self._wake)
         self._held: set[LeaseKey] = set()  # until their results are sent
         self._scoring: dict[LeaseKey, Sampled] = {}
         self._unacknowledged: dict[LeaseKey, tuple[float, Result]] = {}
@@ -102,6 +88,23 @@ class Actor:
             Welcome: lambda message: None,
             Stop: self._on_stop,
         }
+
+    def _subscribe(self, welcome: Welcome, key: JoinKey | None) -> Subscriber:
+        weights = subscribe(
+            self._config.weights.route,
+            directory=self._config.weights.directory,
+            segment=welcome.segment,
+            host=welcome.host,
+            address=f"{self._link.address.rpartition(':')[0]}:{welcome.weights_port}",
+            timeout_s=self._config.deadlines.publish_s,
+            memory=self._generator.memory,
+            key=key,
+            broadcast_s=self._config.deadlines.broadcast_s,
+            device=self._config.generator.device,
+        )
+        if self._generator.manifest is not None:
+            self._generator.manifest.require(weights.manifest)
+        return weights
 
     def run(self) -> None:
         """Turns until the coordinator says stop. Raises `Silence` when it has died."""
@@ -289,6 +292,20 @@ def join(address: str, name: str, key: JoinKey | None, overrides: list[str]) -> 
     return load_text(message.config, overrides), message, link
 
 
+def generate(address: str, name: str, key: JoinKey | None, overrides: list[str]) -> int:
+    """Joins the job at `address` and serves it to its end. The exit code: 3 where the job wants it no more, else 0."""
+    config, welcome, link = join(address, name, key, overrides)
+    actor = Actor(config, welcome, link, name, key)
+    print(f"{name}: joined {address}, incarnation {welcome.incarnation}", flush=True)
+    try:
+        actor.run()
+    finally:
+        actor.close()
+        link.close()
+    print(f"{name}: {actor.stopped}", flush=True)
+    return 3 if actor.refused else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="A generator that joins a running job.")
     parser.add_argument("--join", required=True, metavar="ADDRESS", help="tcp://HOST:PORT, as the job prints it")
@@ -303,27 +320,10 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):  # not 0, by which a supervisor knows that the job is done
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        key = JoinKey.find(arguments.key)
-        config, welcome, link = join(arguments.join, arguments.name, key, overrides)
-    except (Silence, ConnectionRefusedError, ConfigError) as error:
+        return generate(arguments.join, arguments.name, JoinKey.find(arguments.key), overrides)
+    except (Silence, ConnectionRefusedError, ConfigError, ProcessDied, WeightsError) as error:
         print(f"leeway: {error}", file=sys.stderr)
         return 1
-    try:
-        actor = Actor(config, welcome, link, arguments.name, key)
-    except (ConfigError, ProcessDied, WeightsError) as error:
-        print(f"leeway: {error}", file=sys.stderr)
-        return 1
-    print(f"{arguments.name}: joined {arguments.join}, incarnation {welcome.incarnation}", flush=True)
-    try:
-        actor.run()
-    except (Silence, ProcessDied) as error:
-        print(f"leeway: {error}", file=sys.stderr)
-        return 1
-    finally:
-        actor.close()
-        link.close()
-    print(f"{arguments.name}: {actor.stopped}", flush=True)
-    return 3 if actor.refused else 0
 
 
 if __name__ == "__main__":

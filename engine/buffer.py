@@ -42,9 +42,6 @@ class Buffer:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __contains__(self, group_id: int) -> bool:
-        return group_id in self._waiting
-
     def waiting(self) -> list[Waiting]:
         return list(self._waiting.values())
 

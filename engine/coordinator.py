@@ -252,7 +252,7 @@ class Coordinator:
         overdue = self.buffer.expire(version)
         taken = self.buffer.take(num_groups, version, self._leases.training_versions())
         if not overdue and taken is None:
-            return self._none_left(now)
+            return self._none_left()
         with self._ledger.transaction():
             for waiting in overdue:
                 self._end(waiting.group.group_id, waiting.group.domain, "expired", "every token is too old")
@@ -267,14 +267,14 @@ class Coordinator:
             groups=[waiting.group for waiting in taken],
             queue_s=[now - waiting.arrived_s for waiting in taken],
             arrival_versions=[waiting.arrival_version for waiting in taken],
-            state=self.state(now),
+            state=self.state(),
         )
 
-    def _none_left(self, now: float) -> Taken | None:
+    def _none_left(self) -> Taken | None:
         coming = self.draws.num_pending or self._leases.num_training
-        return Taken([], [], [], self.state(now), self.draws.end) if self.draws.end and not coming else None
+        return Taken([], [], [], self.state(), self.draws.end) if self.draws.end and not coming else None
 
-    def trained(self, trained: Trained, now: float) -> None:
+    def trained(self, trained: Trained) -> None:
         """A take became `trained.version`. Its tickets return when that is applied everywhere, also after a skipped
         update: the take has moved the learner on, so new groups at the old version would come too late."""
         self.version, self._filtered_before = trained.version, []
@@ -308,14 +308,13 @@ class Coordinator:
         """The groups of a finished probe, once; None while it goes on."""
         return self.surveys.probe(name)
 
-    def state(self, now: float) -> State:
+    def state(self) -> State:
         """The counts of this moment. Each evaluation finished without `wait` is handed out once."""
         completed, self.surveys.completed = self.surveys.completed, []
         in_flight = self.draws.tally.in_flight.total()
         generated_tokens, busy_s, idle_s = self.roster.totals()
         return State(
             ends={**{end: self._ends[end] for end in ENDS}, "in_flight": in_flight, "drawn": self.draws.num_drawn},
-            free_tickets=self.tickets.num_free,
             buffered_groups=len(self.buffer),
             leased_groups=self._leases.num_training,
             generators={name: member.applied for name, member in self.roster.members.items()},

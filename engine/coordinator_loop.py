@@ -48,9 +48,9 @@ from engine.schema import (
     Stop,
     Take,
     TapRecord,
+    ToGenerator,
     Trained,
     Welcome,
-    encode,
 )
 from engine.scores import scheduled_shape
 from engine.snapshot import SNAPSHOT, digest
@@ -58,6 +58,7 @@ from engine.stream import Hub, Link, Pump, Tap
 from engine.weights.collective import WHOLE, Broadcaster
 from engine.weights.segment import host_id
 from engine.weights.tcp import Server
+from engine.wire import encode
 
 IDLE_S = 1.0  # how long to wait where the coordinator has no deadline of its own
 
@@ -87,7 +88,7 @@ class CoordinatorLoop:
         self._finished = self._complaint = ""
         self._pump = Pump({self._link.socket: self._hear_learner, self._hub.socket: self._hear_generators})
         self._learner_handlers = {
-            Take: self._on_open,
+            Take: self._on_take,
             Evaluate: self._on_evaluate,
             Trained: self._on_trained,
             Published: self._on_published,
@@ -198,7 +199,7 @@ class CoordinatorLoop:
         for message in self._link.drain():
             self._learner_handlers[type(message)](message, now)
 
-    def _on_open(self, message: Take, now: float) -> None:
+    def _on_take(self, message: Take, now: float) -> None:
         self._record(message)
         self._open = message
 
@@ -209,15 +210,15 @@ class CoordinatorLoop:
 
     def _on_trained(self, message: Trained, now: float) -> None:
         self._record(message)
-        self._coordinator.trained(message, now)
+        self._coordinator.trained(message)
 
     def _on_published(self, message: Published, now: float) -> None:
         self._record(message)
         self._coordinator.published(message.version, now)
-        self._to_all(Publish(self._incarnation, message.version), now)
+        self._to_all(Publish(self._incarnation, message.version))
 
     def _on_save(self, message: Save, now: float) -> None:
-        state = self._coordinator.state(now)  # first: what it hands out a resume shall not hand out again
+        state = self._coordinator.state()  # first: what it hands out a resume shall not hand out again
         snapshot = self._coordinator.snapshot(message.step)
         (Path(message.path) / SNAPSHOT).write_bytes(snapshot)
         self._record(Saved(message.step, digest(snapshot)))
@@ -227,8 +228,8 @@ class CoordinatorLoop:
     def _on_finished(self, message: Finished, now: float) -> None:
         self._finished = message.reason
         self._coordinator.draws.tally.write(self._run.pass_rates)
-        self._to_all(Stop(message.reason), now)
-        self._link.send(Done(self._coordinator.state(now)))
+        self._to_all(Stop(message.reason))
+        self._link.send(Done(self._coordinator.state()))
 
     def _answer(self, now: float) -> None:
         """Answers the learner's open request if it can be answered now."""
@@ -253,7 +254,7 @@ class CoordinatorLoop:
         evaluation = self._coordinator.evaluation(message.name)
         return None if evaluation is None else Evaluated(evaluation)
 
-    def _to_all(self, message: Any, now: float) -> None:
+    def _to_all(self, message: ToGenerator) -> None:
         for generator in self._coordinator.members():
             self._hub.send(generator, message)
 

@@ -21,7 +21,6 @@ class Seat(msgspec.Struct, frozen=True):
     rank: int
     world_size: int
     local_rank: int
-    local_world_size: int
     num_learners: int
     num_children: int  # generator children that this rank supervises
     device: str
@@ -62,7 +61,6 @@ def seat(config: Config, environ: Mapping[str, str] = os.environ) -> Seat:
         rank=rank,
         world_size=world,
         local_rank=local_rank,
-        local_world_size=local_world,
         num_learners=learners,
         num_children=children,
         device=device,

@@ -30,10 +30,9 @@ from engine.schema import (
     Taken,
     ToLearner,
     Trained,
-    decode,
-    encode,
 )
 from engine.stream import Link, Silence
+from engine.wire import decode, encode
 
 
 class Rollouts:

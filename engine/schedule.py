@@ -53,10 +53,6 @@ class Schedule:
         return max(config.generator.max_new_tokens for config in self.configs)
 
     @property
-    def largest_group(self) -> int:
-        return max(config.run.group_size for config in self.configs)
-
-    @property
     def changes_temperature(self) -> bool:
         return len({config.generator.temperature for config in self.configs}) > 1
 

@@ -1,8 +1,6 @@
-"""What travels between the processes: messages as msgspec structs, arrays as raw frames beside them.
+"""What travels between the processes: messages as msgspec structs with arrays in them, see `engine.wire`.
 
-A message is one msgpack header and any number of buffers. Arrays never enter the header: `encode` puts each into a
-frame of its own and leaves (dtype, shape, frame number) behind, so a group of many thousand tokens costs
-microseconds to decode. `SCHEMA_VERSION` is checked at every hello and in every ledger, tap and checkpoint.
+`SCHEMA_VERSION` is checked at every hello and in every ledger, tap and checkpoint.
 """
 
 from typing import Any, Literal
@@ -13,7 +11,6 @@ import numpy as np
 from rewards.verdict import Verdict
 
 SCHEMA_VERSION = 3
-DTYPES = frozenset({"<i4", "<i8", "<f4", "<f8", "|u1", "|b1"})  # what an array on the wire may be
 
 Kind = Literal["train", "eval", "probe"]
 Finish = Literal["stop", "length"]
@@ -300,7 +297,6 @@ class State(msgspec.Struct, frozen=True):
     """The coordinator at one moment; `ends` counts groups by end, with `in_flight` and `drawn`."""
 
     ends: dict[str, int]
-    free_tickets: int
     buffered_groups: int
     leased_groups: int
     generators: dict[str, int]  # name -> applied version
@@ -412,46 +408,3 @@ FromGenerator = Hello | Request | Applied | Heartbeat | Result | Failure | Bye
 ToGenerator = Welcome | Leases | Ack | Cancel | Beat | Publish | Stop
 FromLearner = Take | Trained | Published | Save | Evaluate | Finished
 ToLearner = Ready | Taken | Evaluated | Probed | Done | Stalled | Refused
-
-
-# ---- binary form -----------------------------------------------------------------------------------------------
-
-
-def encode(message: Any) -> list[Any]:
-    """`message` as frames: the msgpack header, then one buffer an array (not copied where it lies contiguous)."""
-    frames: list[Any] = [b""]
-
-    def lift(value: Any) -> Any:
-        if not isinstance(value, np.ndarray):
-            raise TypeError(f"a {type(value).__name__} cannot travel: {value!r}")
-        if value.dtype.str not in DTYPES:
-            raise TypeError(f"an array of {value.dtype} cannot travel; allowed: {', '.join(sorted(DTYPES))}")
-        frames.append(np.ascontiguousarray(value).data)
-        return [value.dtype.str, list(value.shape), len(frames) - 1]
-
-    frames[0] = msgspec.msgpack.encode(message, enc_hook=lift)
-    return frames
-
-
-def decode(frames: list[Any], kind: Any) -> Any:
-    """The message of type `kind` that `frames` hold. Arrays are read-only views of the frames.
-
-    Raises `msgspec.DecodeError` for frames that are none: a header that does not fit `kind`, an unknown dtype, a frame
-    of the wrong size.
-    """
-
-    def land(expected: type, value: Any) -> Any:
-        if expected is not np.ndarray:
-            raise NotImplementedError(expected)
-        dtype, shape, number = value
-        if dtype not in DTYPES:
-            raise ValueError(f"an array of {dtype} on the wire")
-        return np.frombuffer(frames[number], dtype=dtype).reshape(shape)
-
-    try:
-        message = msgspec.msgpack.decode(frames[0], type=kind, dec_hook=land)
-        if isinstance(message, Result):
-            message.group.check()
-        return message
-    except (ValueError, TypeError, IndexError, RecursionError) as error:  # a DecodeError is a ValueError
-        raise msgspec.DecodeError(f"{type(error).__name__}: {error}") from error

@@ -7,7 +7,8 @@ import xxhash
 
 from engine.buffer import Waiting
 from engine.config import ConfigError
-from engine.schema import SCHEMA_VERSION, Evaluation, decode, encode
+from engine.schema import SCHEMA_VERSION, Evaluation
+from engine.wire import decode, encode
 
 SNAPSHOT = "coordinator.bin"  # its file in a checkpoint
 

@@ -16,7 +16,8 @@ import msgspec
 import zmq
 
 from engine.keys import JoinKey, Lock
-from engine.schema import SCHEMA_VERSION, TapRecord, decode, encode
+from engine.schema import SCHEMA_VERSION, TapRecord
+from engine.wire import decode, encode
 
 MOST_AT_ONCE = 64  # messages
 LAST_WORDS_MS = 100  # in which what a process said before its end still arrives

@@ -143,5 +143,5 @@ def step(coordinator: Coordinator, taken: Taken | None, end: str = "trained") ->
     assert taken is not None
     version = coordinator.version + 1
     group_ids = [group.group_id for group in taken.groups]
-    coordinator.trained(Trained(version, group_ids, end), 2.0)  # type: ignore[arg-type]
+    coordinator.trained(Trained(version, group_ids, end))  # type: ignore[arg-type]
     coordinator.published(version, 2.0)

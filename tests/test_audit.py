@@ -15,9 +15,10 @@ from engine.coordinator import Coordinator
 from engine.history import history, lineage
 from engine.ledger import Ledger
 from engine.run_directory import RunDirectory
-from engine.schema import Ack, Began, Failure, Granted, Lapsed, Published, Result, Saved, Take, Took, Trained, encode
+from engine.schema import Ack, Began, Failure, Granted, Lapsed, Published, Result, Saved, Take, Took, Trained
 from engine.snapshot import SNAPSHOT, digest, pack, unpack
 from engine.stream import Tap, read_tap
+from engine.wire import encode
 
 SETTINGS = config(max_staleness=1, groups_per_step=2, group_size=2)
 
@@ -64,7 +65,7 @@ class Incarnation:
         group_ids = [group.group_id for group in taken.groups]
         trained = Trained(version + 1, group_ids, "trained", skipped=[group_ids[place] for place in skipped])
         self.record(trained)
-        self.coordinator.trained(trained, self.now)
+        self.coordinator.trained(trained)
         self.publish()
 
     def save(self) -> bytes:

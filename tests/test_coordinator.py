@@ -17,7 +17,7 @@ def test_grants_no_more_than_tickets_and_no_more_than_asked(tmp_path: Path) -> N
     coordinator = begun(tmp_path)  # 2 * 2 tickets, groups of 2
     assert [lease.group_id for lease in enter(coordinator, "g", 5)] == [0, 1, 2]  # while the request is above 0
     assert [lease.group_id for lease in enter(coordinator, "h", 99)] == [3]
-    assert coordinator.state(0.0).free_tickets == 0
+    assert coordinator.tickets.num_free == 0
 
 
 def test_nothing_is_leased_before_weights_are_applied(tmp_path: Path) -> None:
@@ -34,15 +34,15 @@ def test_a_skipped_update_holds_its_tickets_as_long(tmp_path: Path) -> None:
     assert coordinator.tickets.num_free == 0
     coordinator.applied("g", 0, 1, 2.0)
     assert coordinator.tickets.num_free == 2
-    assert coordinator.state(2.0).ends["failed"] == 2
+    assert coordinator.state().ends["failed"] == 2
 
 
 def test_of_a_take_in_several_updates_the_groups_of_a_skipped_one_failed(tmp_path: Path) -> None:
     coordinator = begun(tmp_path)
     give(coordinator, *enter(coordinator, "g", 8))
     coordinator.take(2, 0, 1.0)
-    coordinator.trained(Trained(1, [0, 1], "trained", "non-finite update", skipped=[1]), 2.0)
-    ends = coordinator.state(2.0).ends
+    coordinator.trained(Trained(1, [0, 1], "trained", "non-finite update", skipped=[1]))
+    ends = coordinator.state().ends
     assert (ends["trained"], ends["failed"]) == (1, 1)
     assert coordinator._ledger.counts() == ends and coordinator._ledger.audit() == []
     query = "SELECT group_id, state, reason FROM groups WHERE taken_version = 0"
@@ -73,7 +73,7 @@ def test_no_more_is_drawn_than_the_last_steps_can_use(tmp_path: Path) -> None:
     step(coordinator, coordinator.take(2, 1, 2.0))
     coordinator.applied("g", 0, 2, 2.0)
     assert coordinator.grants(2.0) == {}
-    assert coordinator.state(2.0).ends["in_flight"] == 0
+    assert coordinator.state().ends["in_flight"] == 0
 
 
 def test_where_groups_are_filtered_as_many_more_are_drawn_for_the_last_steps(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_result_counts_once(tmp_path: Path) -> None:
     coordinator = begun(tmp_path)
     lease, *_ = enter(coordinator, "g", 8)
     assert give(coordinator, lease, lease) == ["", "no longer leased"]
-    assert coordinator.state(1.0).buffered_groups == 1
+    assert coordinator.state().buffered_groups == 1
 
 
 def test_results_of_another_incarnation_are_fenced(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_tokens_of_impossible_versions_are_refused(tmp_path: Path, versions: lis
     coordinator = begun(tmp_path)
     lease, *_ = enter(coordinator, "g", 8)
     assert coordinator.arrived(fake_run.result(lease, versions=versions), 1.0).reason.startswith(reason)
-    assert coordinator.state(1.0).ends["in_flight"] == 4
+    assert coordinator.state().ends["in_flight"] == 4
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
@@ -252,7 +252,7 @@ def test_the_temperature_follows_the_entropy_also_over_a_resume(tmp_path: Path) 
     taken = coordinator.take(2, 0, 2.0)
     assert taken is not None
     group_ids = [group.group_id for group in taken.groups]
-    coordinator.trained(Trained(1, group_ids, "trained", entropy=0.8), 2.0)  # too high: cooler
+    coordinator.trained(Trained(1, group_ids, "trained", entropy=0.8))  # too high: cooler
     coordinator.published(1, 2.0)
     coordinator.applied("g", 0, 1, 2.0)
     (cooler,) = {lease.sampling.temperature for lease in coordinator.grants(2.0)["g"]}

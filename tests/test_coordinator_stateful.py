@@ -332,7 +332,7 @@ class Histories(RuleBasedStateMachine):
         end = "failed" if skipped else "trained"
         ids = [group.group_id for group in self.taken.groups]
         self.books.version += 1
-        self.coordinator.trained(Trained(self.books.version, ids, end, "not finite" if skipped else ""), self.now)
+        self.coordinator.trained(Trained(self.books.version, ids, end, "not finite" if skipped else ""))
         self.books.ends.update(dict.fromkeys(ids, end))
         self.books.trained_at.update(dict.fromkeys(ids, self.books.version))
         self.taken = None
@@ -361,7 +361,7 @@ class Histories(RuleBasedStateMachine):
         if not hasattr(self, "coordinator"):
             return
         self.adopt_failures()
-        counts, state = self.ledger.counts(), self.coordinator.state(self.now).ends
+        counts, state = self.ledger.counts(), self.coordinator.state().ends
         ended = {end: list(self.books.ends.values()).count(end) for end in ("trained", "filtered", "failed", "expired")}
         assert self.ledger.audit() == []
         assert counts == state

@@ -63,7 +63,7 @@ FLOORS = [
         "engine.algorithms",
         "engine.ops",
     },
-    {"engine.schema", "engine.keys", "engine.config", "engine.schedule", "engine.process", "engine.hub"},
+    {"engine.schema", "engine.wire", "engine.keys", "engine.config", "engine.schedule", "engine.process", "engine.hub"},
     {"rewards"},
 ]
 
@@ -78,6 +78,7 @@ TORCH_FREE = {
     "engine.schedule",
     "engine.stages",
     "engine.schema",
+    "engine.wire",
     "engine.prompts",
     "engine.draws",
     "engine.leases",

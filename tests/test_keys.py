@@ -18,9 +18,10 @@ from test_stream import group, wait_for
 
 from engine.config import ConfigError
 from engine.keys import VARIABLE, JoinKey, Lock
-from engine.schema import Beat, FromGenerator, Heartbeat, Request, Result, ToGenerator, decode, encode
+from engine.schema import Beat, FromGenerator, Heartbeat, Request, Result, ToGenerator
 from engine.stream import Hub, Link
 from engine.weights import Manifest, Publisher, Server, WeightsError, subscribe
+from engine.wire import decode, encode
 
 
 @pytest.fixture

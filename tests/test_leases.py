@@ -45,7 +45,7 @@ def test_three_bad_ends_of_its_leases_fail_a_group(tmp_path: Path) -> None:
         coordinator.request("g", 2, 1.0)
         (lease,) = coordinator.grants(1.0)["g"]
     assert (lease.group_id, lease.attempt) == (1, 1)
-    assert coordinator.state(1.0).ends["failed"] == 1
+    assert coordinator.state().ends["failed"] == 1
     assert [type(note) for note in notes] == [Granted, Lapsed] * 3 + [Granted]
 
 
@@ -62,9 +62,9 @@ def test_a_lease_lost_on_its_way_is_found_by_the_second_heartbeat(tmp_path: Path
     enter(coordinator, "g", 4, now=5.0)
     held = Heartbeat([("train", 1, 1)], 0, 0.0, 0.0)
     coordinator.heartbeat("g", held, 6.0)  # may have crossed the lease
-    assert coordinator.state(6.0).leased_groups == 2
+    assert coordinator.state().leased_groups == 2
     coordinator.heartbeat("g", held, 8.0)
-    assert coordinator.state(8.0).leased_groups == 1
+    assert coordinator.state().leased_groups == 1
     coordinator.request("g", 2, 8.0)
     assert [(lease.group_id, lease.attempt) for lease in coordinator.grants(8.0)["g"]] == [(0, 2)]
 
@@ -75,9 +75,9 @@ def test_heartbeats_that_crossed_a_lease_do_not_lose_it(tmp_path: Path) -> None:
     enter(coordinator, "g", 4, now=10.0)
     for now in (10.001, 10.002, 13.0):
         coordinator.heartbeat("g", Heartbeat([], 0, 0.0, 0.0), now)
-        assert coordinator.state(now).leased_groups == 2
+        assert coordinator.state().leased_groups == 2
     coordinator.heartbeat("g", Heartbeat([], 0, 0.0, 0.0), 15.0)
-    assert coordinator.state(15.0).leased_groups == 0
+    assert coordinator.state().leased_groups == 0
 
 
 def test_a_lease_held_too_long_is_taken_back(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_lease_held_too_long_is_taken_back(tmp_path: Path) -> None:
     enter(coordinator, "g", 2, now=10.0)
     assert coordinator.next_deadline() == 60.0
     coordinator.tick(60.0)
-    assert coordinator.state(60.0).leased_groups == 0
+    assert coordinator.state().leased_groups == 0
 
 
 def test_a_holder_is_told_what_lapsed_until_it_lets_go(tmp_path: Path) -> None:
@@ -114,4 +114,4 @@ def test_an_older_attempt_held_does_not_hide_that_the_newer_was_lost(tmp_path: P
     assert [lease.attempt for lease in coordinator.grants(50.0)["g"]] == [2]
     for now in (60.0, 62.0):
         coordinator.heartbeat("g", beat(lapsed), now)
-    assert coordinator.state(62.0).leased_groups == 0
+    assert coordinator.state().leased_groups == 0

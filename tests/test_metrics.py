@@ -48,7 +48,6 @@ def group(domain: str, verdicts: list[Verdict], versions: list[list[int]], **cha
 def state(tokens: int = 0, busy_s: float = 0.0, idle_s: float = 0.0, generators: int = 1) -> State:
     return State(
         ends={},
-        free_tickets=0,
         buffered_groups=3,
         leased_groups=5,
         generators={str(number): 0 for number in range(generators)},

@@ -9,7 +9,8 @@ from engine import config as configs
 from engine import tokenizer as tokenizers
 from engine.config import ConfigError
 from engine.prompts import Prompts
-from engine.schema import Prompt, decode, encode
+from engine.schema import Prompt
+from engine.wire import decode, encode
 
 CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
 CHAIN = {

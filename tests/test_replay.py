@@ -20,9 +20,10 @@ from engine.placement import seat
 from engine.replay import Replay, digest, main, replay
 from engine.run_directory import RunDirectory
 from engine.schedule import Schedule
-from engine.schema import Ack, Began, Group, Published, Result, Saved, Trained, encode
+from engine.schema import Ack, Began, Group, Published, Result, Saved, Trained
 from engine.scores import shape_by
 from engine.stream import Tap, read_tap
+from engine.wire import encode
 from rewards.verdict import Verdict
 
 CONFIG = parse(

@@ -111,7 +111,7 @@ def test_a_generator_that_applies_before_the_publish_is_heard_owes_nothing(tmp_p
     give(coordinator, *enter(coordinator, "g", 8))
     taken = coordinator.take(2, 0, 1.0)
     assert taken is not None
-    coordinator.trained(Trained(1, [group.group_id for group in taken.groups], "trained"), 2.0)
+    coordinator.trained(Trained(1, [group.group_id for group in taken.groups], "trained"))
     coordinator.applied("g", 0, 1, 2.0)
     coordinator.published(1, 2.0)
     assert coordinator.tick(33.0) == []

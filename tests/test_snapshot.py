@@ -24,7 +24,7 @@ def test_a_resume_goes_on_from_the_snapshot(tmp_path: Path) -> None:
 
     resumed = begun(tmp_path, snapshot=snapshot)
     assert (resumed.incarnation, resumed.version) == (1, 1)
-    assert resumed.state(0.0).ends == {
+    assert resumed.state().ends == {
         "trained": 2, "filtered": 0, "failed": 0, "expired": 0, "in_flight": 2, "drawn": 4
     }  # fmt: skip
     again = enter(resumed, "g", 99)

@@ -16,10 +16,9 @@ from engine.schema import (
     Result,
     ToGenerator,
     Trained,
-    decode,
-    encode,
 )
 from engine.stream import HEAD, MAGIC, Hub, Link, Pump, Silence, Tap, read_tap
+from engine.wire import decode, encode
 from rewards.verdict import Verdict
 
 

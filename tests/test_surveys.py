@@ -29,10 +29,10 @@ def test_an_evaluation_in_the_background_takes_turns_and_needs_no_tickets(tmp_pa
     leases = enter(coordinator, "g", 99)
     assert [lease.kind for lease in leases] == ["eval", "train", "eval", "train", "eval", "train", "train"]
     give(coordinator, *leases)
-    state = coordinator.state(1.0)
+    state = coordinator.state()
     assert [evaluation.name for evaluation in state.completed_evaluations] == ["step 1"]
     assert (state.buffered_groups, state.ends["drawn"]) == (4, 4)
-    assert coordinator.state(1.0).completed_evaluations == []
+    assert coordinator.state().completed_evaluations == []
 
 
 def test_evaluations_do_not_make_the_learner_wait(tmp_path: Path) -> None:

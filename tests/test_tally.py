@@ -58,7 +58,7 @@ def test_the_tally_follows_from_the_ledger(tmp_path: Path) -> None:
     ours.arrived(scored(leases[2], 0.0, 1.0), 1.0)
     taken = ours.take(2, 0, 2.0)
     assert taken is not None
-    ours.trained(Trained(1, [group.group_id for group in taken.groups], "trained"), 3.0)
+    ours.trained(Trained(1, [group.group_id for group in taken.groups], "trained"))
     expected = {"a": 6}, {"a": 2}, {"a": 3}, {"a": 1}
     assert figures(ours.draws.tally) == expected
     assert [ours.draws.tally.share("a", str(prompt)) for prompt in range(5)] == [0.5, 1.0, 0.5, None, None]
@@ -248,9 +248,9 @@ def test_where_one_domain_has_no_prompt_left_the_others_go_on(tmp_path: Path) ->
     assert [lease.prompt.domain for lease in (first, second, third, fourth)] == ["a", "b", "a", "b"]
     ours.arrived(scored(first, 1.0, 1.0), 1.0)
     (fifth,) = granted()
-    assert fifth.prompt.domain == "b" and ours.state(1.0).exhausted == ["a"]
+    assert fifth.prompt.domain == "b" and ours.state().exhausted == ["a"]
     ours.arrived(scored(third, 0.0, 0.0), 1.0)  # a later draw of the same prompt: it is wanted again
-    assert ours.state(1.0).exhausted == []
+    assert ours.state().exhausted == []
     (sixth,) = granted()
     assert sixth.prompt.domain == "a"
     for lease in (second, fourth, fifth, sixth):

@@ -104,7 +104,7 @@ def step(coordinator: Coordinator, num_groups: int, now: float) -> bool:
     taken = coordinator.take(num_groups, version, now)
     if taken is None:
         return False
-    coordinator.trained(Trained(version + 1, [group.group_id for group in taken.groups], "trained"), now)
+    coordinator.trained(Trained(version + 1, [group.group_id for group in taken.groups], "trained"))
     coordinator.published(version + 1, now)
     coordinator.applied("g", coordinator.incarnation, version + 1, now)
     return True
