@@ -171,20 +171,17 @@ class Coordinator:
         member = self.roster.members[generator]
         member.seen_s, member.num_wanted = now, num_samples
 
-    def applied(
-        self, generator: str, incarnation: int, version: int, now: float, message: Applied | None = None
-    ) -> None:
-        """The generator samples with `version` from now on; what `message` says of its costs goes to the ledger."""
+    def applied(self, generator: str, message: Applied, now: float) -> None:
+        """The generator samples with another version from now on; what that cost goes to the ledger."""
         member = self.roster.members[generator]
         member.seen_s = now
-        if incarnation != self.incarnation or version <= member.applied:  # said again with every heartbeat
+        if message.incarnation != self.incarnation or message.version <= member.applied:  # said with every heartbeat
             return
-        member.newest = message
-        self.roster.apply(generator, version, self.tickets.settled, now)
+        self.roster.apply(generator, message, self.tickets.settled, now)
         self.tickets.settle(self.roster.applied_by_all)
         with self._ledger.transaction():
-            costs = "" if message is None else json.dumps({name: getattr(message, name) for name in COSTS})
-            self._ledger.event("applied", version=version, generator=generator, detail=costs)
+            costs = json.dumps({name: getattr(message, name) for name in COSTS})
+            self._ledger.event("applied", version=message.version, generator=generator, detail=costs)
 
     def heartbeat(self, generator: str, beat: Heartbeat, now: float) -> list[LeaseKey]:
         """A sign of life. A lease that was granted `heartbeat_s` before the last heartbeat and is not held now never
@@ -282,10 +279,8 @@ class Coordinator:
         self.tickets.hold(trained.group_ids, trained.version)
         with self._ledger.transaction():
             for group_id in trained.group_ids:
-                end = trained.end_of(group_id)
-                self.draws.tally.end(self._taken.pop(group_id).group.domain, end)
-                self._ends[end] += 1
-                self._ledger.ended([group_id], end, trained.reason if end == "failed" else "")
+                end, domain = trained.end_of(group_id), self._taken.pop(group_id).group.domain
+                self._record_end(group_id, domain, end, trained.reason if end == "failed" else "")
 
     def published(self, version: int, now: float) -> None:
         """The weights of `version` lie ready; generators have `publish_s` to apply them or newer ones."""
@@ -439,8 +434,11 @@ class Coordinator:
     def _end(self, group_id: int, domain: str, end: End, reason: str) -> None:
         """A group ends before any take."""
         self.tickets.release(group_id)
-        self.draws.tally.end(domain, end)
-        self._ends[end] += 1
-        self._ledger.ended([group_id], end, reason)
+        self._record_end(group_id, domain, end, reason)
         if end == "filtered":
             self._filtered.append(group_id)
+
+    def _record_end(self, group_id: int, domain: str, end: End, reason: str) -> None:
+        self.draws.tally.end(domain, end)
+        self._ends[end] += 1
+        self._ledger.ended(group_id, end, reason)

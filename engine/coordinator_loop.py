@@ -97,7 +97,7 @@ class CoordinatorLoop:
         }
         self._generator_handlers = {
             Request: lambda peer, m, now: self._coordinator.request(peer, m.num_samples, now),
-            Applied: self._on_applied,
+            Applied: lambda peer, m, now: self._coordinator.applied(peer, m, now),
             Heartbeat: self._on_heartbeat,
             Failure: lambda peer, m, now: self._hub.send(peer, self._coordinator.failure(peer, m, now)),
             Bye: lambda peer, m, now: self._coordinator.leave(peer, "left", now),
@@ -175,9 +175,6 @@ class CoordinatorLoop:
         )
         self._remind(peer)
         print(f"{peer} joined from {hello.host}, pid {hello.pid}", flush=True)
-
-    def _on_applied(self, peer: str, message: Applied, now: float) -> None:
-        self._coordinator.applied(peer, message.incarnation, message.version, now, message)
 
     def _on_heartbeat(self, peer: str, beat: Heartbeat, now: float) -> None:
         over = self._coordinator.heartbeat(peer, beat, now)

@@ -9,7 +9,7 @@ as JSON, every row that a resume undid. Times are seconds since the epoch. Reade
 import contextlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -138,9 +138,8 @@ class Ledger:
         row = (version, self.incarnation, _json(group_ids), _json(filtered_ids), now)
         self._db.execute("INSERT INTO takes VALUES (?, ?, ?, ?, ?)", row)
 
-    def ended(self, group_ids: Iterable[int], end: End, reason: str = "") -> None:
-        now = self._clock()
-        self._db.executemany(ENDED, ((group_id, end, reason, now) for group_id in group_ids))
+    def ended(self, group_id: int, end: End, reason: str = "") -> None:
+        self._db.execute(ENDED, (group_id, end, reason, self._clock()))
 
     def event(
         self, event: str, group_id: int | None = None, version: int | None = None, generator: str = "", detail: str = ""

@@ -112,10 +112,10 @@ class Roster:
                 member.behind_s = now
         self._note_routing(now)
 
-    def apply(self, name: str, version: int, settled: int, now: float) -> None:
-        """A member samples with `version` now. It is routed unless the tickets of a newer one returned already."""
-        member = self.members[name]
-        member.applied = version
+    def apply(self, name: str, message: Applied, settled: int, now: float) -> None:
+        """A member changed its version. It is routed unless the tickets of a newer one returned already."""
+        member, version = self.members[name], message.version
+        member.applied, member.newest = version, message
         member.routed = version >= settled
         member.behind_s = now if member.routed and version < self.published else None
         self._note_routing(now)

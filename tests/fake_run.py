@@ -9,7 +9,7 @@ import numpy as np
 from engine.config import Config, parse
 from engine.coordinator import Coordinator, Note
 from engine.ledger import Ledger
-from engine.schema import Group, Heartbeat, Lease, Prompt, Taken, Trained
+from engine.schema import Applied, Group, Heartbeat, Lease, Prompt, Taken, Trained
 from engine.tally import Tally
 from rewards.verdict import Verdict
 
@@ -123,7 +123,7 @@ def begun(tmp_path: Path, *, snapshot: bytes | None = None, **settings: float) -
 def enter(coordinator: Coordinator, name: str, num_samples: int, now: float = 0.0) -> list[Lease]:
     """A generator joins, applies the newest weights and asks; what it is granted."""
     coordinator.join(name, now)
-    coordinator.applied(name, coordinator.incarnation, coordinator.roster.published, now)
+    coordinator.applied(name, applied(coordinator.roster.published, coordinator.incarnation), now)
     coordinator.request(name, num_samples, now)
     return coordinator.grants(now).get(name, [])
 
@@ -133,6 +133,10 @@ def give(coordinator: Coordinator, *leases: Lease, now: float = 1.0, uniform: bo
     scores = (lambda sample: 1.0) if uniform else float
     results = [result(lease, coordinator.incarnation, scores=scores) for lease in leases]
     return [coordinator.arrived(result, now).reason for result in results]
+
+
+def applied(version: int, incarnation: int = 0) -> Applied:
+    return Applied(incarnation, version, stage_s=0.0, pause_s=0.0)
 
 
 def beat(*held: Lease) -> Heartbeat:

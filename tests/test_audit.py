@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from fake_run import CountingPrompts, config, raw_scores, result
+from fake_run import CountingPrompts, applied, config, raw_scores, result
 
 from engine.audit import audit, main
 from engine.config import to_toml
@@ -45,7 +45,7 @@ class Incarnation:
         version = self.coordinator.version
         self.record(Published(version, f"weights {version}"))
         self.coordinator.published(version, self.now)
-        self.coordinator.applied("g", self.number, version, self.now)
+        self.coordinator.applied("g", applied(version, self.number), self.now)
 
     def generate(self, num_groups: int) -> None:
         """Leases and finishes so many groups."""

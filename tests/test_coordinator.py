@@ -6,7 +6,7 @@ from pathlib import Path
 import fake_run
 import msgspec
 import pytest
-from fake_run import begun, enter, give, step
+from fake_run import applied, begun, enter, give, step
 
 from engine.coordinator import Coordinator
 from engine.schema import Failure, Lease, Took, Trained
@@ -32,7 +32,7 @@ def test_a_skipped_update_holds_its_tickets_as_long(tmp_path: Path) -> None:
     give(coordinator, *enter(coordinator, "g", 8))
     step(coordinator, coordinator.take(2, 0, 1.0), end="failed")
     assert coordinator.tickets.num_free == 0
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     assert coordinator.tickets.num_free == 2
     assert coordinator.state().ends["failed"] == 2
 
@@ -68,10 +68,10 @@ def test_no_more_is_drawn_than_the_last_steps_can_use(tmp_path: Path) -> None:
     assert [lease.group_id for lease in leases] == [0, 1, 2, 3]
     give(coordinator, *leases)
     step(coordinator, coordinator.take(2, 0, 1.0))
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     assert coordinator.grants(2.0) == {}
     step(coordinator, coordinator.take(2, 1, 2.0))
-    coordinator.applied("g", 0, 2, 2.0)
+    coordinator.applied("g", applied(2), 2.0)
     assert coordinator.grants(2.0) == {}
     assert coordinator.state().ends["in_flight"] == 0
 
@@ -146,7 +146,7 @@ def test_staleness_zero_hands_out_a_whole_step_at_once(tmp_path: Path) -> None:
     assert coordinator.grants(1.0) == {}
     step(coordinator, taken)
     assert coordinator.grants(2.0) == {}
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     assert [(lease.group_id, lease.version) for lease in coordinator.grants(2.0)["g"]] == [(3, 1), (4, 1), (5, 1)]
 
 
@@ -208,7 +208,7 @@ def test_leases_follow_the_schedule_by_their_own_version(tmp_path: Path) -> None
     coordinator.failure("g", Failure("train", 2, 1, "out of memory"), 2.0)
     early = coordinator.grants(2.0)["g"]  # version 1 is trained and published, but not applied
     assert [lease.group_id for lease in early] == [2] and sampled(*early) == {(0, 2, 1.0, 8)}
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     coordinator.failure("g", Failure("train", 3, 1, "out of memory"), 2.0)
     late = coordinator.grants(2.0)["g"]
     assert [lease.group_id for lease in late] == [3, 4, 5] and sampled(*late) == {(1, 3, 0.5, 4)}
@@ -234,7 +234,7 @@ def test_evaluations_follow_the_schedule(tmp_path: Path) -> None:
     give(coordinator, *leases)
     give(coordinator, *coordinator.grants(1.0)["g"])
     step(coordinator, coordinator.take(2, 0, 2.0))
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     coordinator.evaluate("after", "eval", True, 2.0)
     assert {lease.sampling.max_new_tokens for lease in coordinator.grants(2.0)["g"]} == {4}
 
@@ -254,7 +254,7 @@ def test_the_temperature_follows_the_entropy_also_over_a_resume(tmp_path: Path) 
     group_ids = [group.group_id for group in taken.groups]
     coordinator.trained(Trained(1, group_ids, "trained", entropy=0.8))  # too high: cooler
     coordinator.published(1, 2.0)
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     (cooler,) = {lease.sampling.temperature for lease in coordinator.grants(2.0)["g"]}
     assert cooler == pytest.approx(math.exp(-0.2 * 0.5))
     again = fake_run.coordinator(settings, tmp_path)

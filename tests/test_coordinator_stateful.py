@@ -143,7 +143,7 @@ class Histories(RuleBasedStateMachine):
         generator.version = max(generator.version, self.published - behind, 0)
         for index in begin_later:
             generator.held[index] = (generator.held[index][0], generator.version)
-        self.coordinator.applied(name, self.incarnation, generator.version, self.now)
+        self.coordinator.applied(name, fake_run.applied(generator.version, self.incarnation), self.now)
         self.ask(name)
 
     def ask(self, name: str) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import fake_run
-from fake_run import beat, begun, enter, give
+from fake_run import applied, beat, begun, enter, give
 
 from engine.schema import Failure, Granted, Heartbeat, Lapsed
 
@@ -18,7 +18,7 @@ def test_a_dead_generators_groups_go_to_another_with_a_new_lease_version(tmp_pat
     assert coordinator.tick(20.0) == ["g: silent for 20 s; its groups go to others"]
     assert not coordinator.has("g")
     coordinator.version, coordinator.roster.published = 1, 1
-    coordinator.applied("h", 0, 1, 21.0)
+    coordinator.applied("h", applied(1), 21.0)
     coordinator.request("h", 4, 21.0)
     again = coordinator.grants(21.0)["h"]
     assert [(lease.group_id, lease.attempt, lease.version) for lease in again] == [(0, 2, 1), (1, 2, 1)]

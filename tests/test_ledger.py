@@ -37,7 +37,7 @@ def test_a_life(ledger: Ledger, tmp_path: Path) -> None:
     ledger.leased(lease(0, attempt=2, version=1), "h")
     ledger.arrived(fake_run.result(lease(0, attempt=2, version=1), versions=[1, 2]))
     ledger.taken(1, [0], [])
-    ledger.ended([0], "trained")
+    ledger.ended(0, "trained")
     reader = sqlite3.connect(tmp_path / "ledger.db")  # any other process may read meanwhile
     query = "SELECT state, attempt, failures, generator, lease_version, first_version, num_tokens, taken_version"
     assert reader.execute(f"{query} FROM groups").fetchall() == [("trained", 2, 1, "h", 1, 1, 4, 1)]
@@ -71,12 +71,12 @@ def test_a_resume_undoes_what_came_after_the_snapshot(ledger: Ledger) -> None:
     for group_id in (1, 2, 3):
         ledger.arrived(fake_run.result(lease(group_id)))
     ledger.taken(0, [3], [])
-    ledger.ended([3], "trained")
+    ledger.ended(3, "trained")
     in_flight = ledger.in_flight()  # 0 leased, 1 and 2 buffered
     ledger.arrived(fake_run.result(lease(0)))
-    ledger.ended([0], "filtered")
+    ledger.ended(0, "filtered")
     ledger.taken(1, [1], [0])
-    ledger.ended([1], "trained")
+    ledger.ended(1, "trained")
     ledger.leased(lease(4), "g")
     assert ledger.begin(version=1, step=1, num_drawn=4, in_flight=in_flight) == 1
     states = [row["state"] for row in ledger.in_flight()]
@@ -110,7 +110,7 @@ def test_the_audit_finds(ledger: Ledger, damage: str, finding: str) -> None:
     ledger.leased(lease(1), "g")
     ledger.arrived(fake_run.result(lease(0)))
     ledger.taken(0, [0], [])
-    ledger.ended([0], "trained")
+    ledger.ended(0, "trained")
     assert ledger.audit() == []
     ledger._db.execute(damage)
     assert finding in ledger.audit()

@@ -68,11 +68,11 @@ def run_of(directory: Path, rows: list[dict[str, Any]], torn: str = "") -> Path:
             ledger.arrived(fake_run.result(lease))
         now_s[0] = 6.0
         ledger.taken(1, [0, 1], [])
-        ledger.ended([0], "trained")
+        ledger.ended(0, "trained")
         ledger.event("applied", version=0, generator="g", detail='{"stage_s": 0.5, "pause_s": 0.25}')
         ledger.event("applied", version=1, generator="g", detail='{"stage_s": 1.5, "pause_s": 0.75}')
         now_s[0] = 7.0
-        ledger.ended([1], "failed", "non-finite update")
+        ledger.ended(1, "failed", "non-finite update")
     ledger.close()
     return directory
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fake_run import begun, enter, give, step
+from fake_run import applied, begun, enter, give, step
 
 from engine.roster import Roster
 from engine.schema import Trained
@@ -13,7 +13,7 @@ def test_two_generators_share_what_comes_free(tmp_path: Path) -> None:
     coordinator = begun(tmp_path)
     for name in ("g", "h"):
         coordinator.join(name, 0.0)
-        coordinator.applied(name, 0, 0, 0.0)
+        coordinator.applied(name, applied(0), 0.0)
         coordinator.request(name, 8, 0.0)
     granted = coordinator.grants(0.0)
     assert [lease.group_id for lease in granted["g"]] == [0, 2]
@@ -26,7 +26,7 @@ def test_who_asks_for_most_comes_first_and_members_are_looked_through_once(
     coordinator = begun(tmp_path)
     for name, num_samples in (("g", 3), ("h", 8)):
         coordinator.join(name, 0.0)
-        coordinator.applied(name, 0, 0, 0.0)
+        coordinator.applied(name, applied(0), 0.0)
         coordinator.request(name, num_samples, 0.0)
     looks = []
     monkeypatch.setattr(Roster, "newest_applied", property(lambda roster: looks.append(roster) or 0))
@@ -42,7 +42,7 @@ def test_leases_go_only_to_the_newest_applied_version(tmp_path: Path) -> None:
     enter(coordinator, "h", 0)
     give(coordinator, *leases)
     step(coordinator, coordinator.take(2, 0, 1.0))
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     coordinator.request("h", 8, 2.0)
     assert coordinator.grants(2.0) == {}
     coordinator.request("g", 2, 2.0)
@@ -55,16 +55,16 @@ def test_tickets_return_when_the_last_routed_generator_applied(tmp_path: Path) -
     enter(coordinator, "h", 0)
     give(coordinator, *leases)
     step(coordinator, coordinator.take(2, 0, 1.0))
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     assert coordinator.tickets.num_free == 0
-    coordinator.applied("h", 0, 1, 2.0)
+    coordinator.applied("h", applied(1), 2.0)
     assert coordinator.tickets.num_free == 2
 
 
 def test_a_version_applied_is_told_once_however_often_it_is_said(tmp_path: Path) -> None:
     coordinator = begun(tmp_path)
     enter(coordinator, "g", 8)
-    coordinator.applied("g", coordinator.incarnation, 0, 1.0)
+    coordinator.applied("g", applied(0, coordinator.incarnation), 1.0)
     (num_told,) = coordinator._ledger._db.execute("SELECT count(*) FROM events WHERE event = 'applied'").fetchone()
     assert num_told == 1
 
@@ -76,7 +76,7 @@ def test_a_stall_is_explained(tmp_path: Path) -> None:
     assert roster.stalled(10.0).startswith("no generator is a member")
     coordinator.join("slow", 10.0)
     assert roster.stalled(11.0) == "no generator has applied version 0: slow loads its model; see their logs"
-    coordinator.applied("slow", 0, 0, 12.0)
+    coordinator.applied("slow", applied(0), 12.0)
     assert [roster.stalled(now) for now in (12.0, 500.0)] == ["", ""]
     coordinator.leave("slow", "left", 501.0)
     assert [bool(roster.stalled(now)) for now in (505.0, 511.0)] == [False, True]
@@ -96,11 +96,11 @@ def test_a_generator_that_does_not_apply_leaves_routing_until_it_does(tmp_path: 
     enter(coordinator, "h", 0)
     give(coordinator, *leases)
     step(coordinator, coordinator.take(2, 0, 1.0))  # published at 2
-    coordinator.applied("g", 0, 1, 3.0)
+    coordinator.applied("g", applied(1), 3.0)
     assert coordinator.tickets.num_free == 0
     assert coordinator.tick(32.0) == ["h: did not apply version 1 in 30 s; it gets no groups until it does"]
     assert coordinator.tickets.num_free == 2
-    coordinator.applied("h", 0, 1, 33.0)
+    coordinator.applied("h", applied(1), 33.0)
     coordinator.request("h", 2, 33.0)
     assert len(coordinator.grants(33.0)["h"]) == 1
 
@@ -112,7 +112,7 @@ def test_a_generator_that_applies_before_the_publish_is_heard_owes_nothing(tmp_p
     taken = coordinator.take(2, 0, 1.0)
     assert taken is not None
     coordinator.trained(Trained(1, [group.group_id for group in taken.groups], "trained"))
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     coordinator.published(1, 2.0)
     assert coordinator.tick(33.0) == []
     coordinator.request("g", 4, 33.0)
@@ -123,11 +123,11 @@ def test_weights_older_than_what_is_settled_do_not_route(tmp_path: Path) -> None
     coordinator = begun(tmp_path)
     give(coordinator, *enter(coordinator, "g", 8))
     step(coordinator, coordinator.take(2, 0, 1.0))
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     coordinator.leave("g", "left", 2.0)
     coordinator.join("h", 2.0)
-    coordinator.applied("h", 0, 0, 2.0)
+    coordinator.applied("h", applied(0), 2.0)
     coordinator.request("h", 8, 2.0)
     assert coordinator.grants(2.0) == {}
-    coordinator.applied("h", 0, 1, 2.0)
+    coordinator.applied("h", applied(1), 2.0)
     assert [lease.version for lease in coordinator.grants(2.0)["h"]] == [1, 1]

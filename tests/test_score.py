@@ -103,7 +103,7 @@ def run_directory(tmp_path) -> Path:
         ledger.leased(lease, "generator-1")
         if group_id == 0:
             ledger.arrived(msgspec.structs.replace(fake_run.result(lease), verdicts=VERDICTS))
-            ledger.ended([0], "filtered", "all rewards are equal")
+            ledger.ended(0, "filtered", "all rewards are equal")
     ledger.close()
     return tmp_path
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fake_run import begun, enter, give, step
+from fake_run import applied, begun, enter, give, step
 
 from engine.config import ConfigError
 
@@ -17,7 +17,7 @@ def test_a_resume_goes_on_from_the_snapshot(tmp_path: Path) -> None:
     snapshot = coordinator.snapshot(step=1)  # 0, 1 trained; 2 buffered; 3 leased
     give(coordinator, leases[3])
     step(coordinator, coordinator.take(2, 1, 3.0))
-    coordinator.applied("g", 0, 1, 3.0)
+    coordinator.applied("g", applied(1), 3.0)
     coordinator.request("g", 99, 3.0)
     assert 4 in [lease.group_id for lease in coordinator.grants(3.0)["g"]]  # drawn, and will be undone
     coordinator._ledger.close()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fake_run import begun, enter, give, step
+from fake_run import applied, begun, enter, give, step
 
 
 def test_an_evaluation_that_is_waited_for_stands_alone_and_is_pinned(tmp_path: Path) -> None:
@@ -12,7 +12,7 @@ def test_an_evaluation_that_is_waited_for_stands_alone_and_is_pinned(tmp_path: P
     coordinator.evaluate("after", "eval", True, 2.0)
     coordinator.request("g", 99, 2.0)
     assert coordinator.grants(2.0) == {}  # version 1 is published, but not applied
-    coordinator.applied("g", 0, 1, 2.0)
+    coordinator.applied("g", applied(1), 2.0)
     leases = coordinator.grants(2.0)["g"]
     assert [(lease.kind, lease.version) for lease in leases] == [("eval", 1)] * 3
     give(coordinator, *leases[:2])

@@ -49,7 +49,7 @@ def test_the_tally_follows_from_the_ledger(tmp_path: Path) -> None:
     ours.begin(0.0)
     ours.join("g", 0.0)
     ours.published(0, 0.0)
-    ours.applied("g", 0, 0, 0.0)
+    ours.applied("g", fake_run.applied(0), 0.0)
     ours.request("g", 8, 0.0)
     leases = ours.grants(0.0)["g"]
     assert len(leases) == 4
@@ -170,7 +170,7 @@ def exhausted(directory: Path) -> Coordinator:
         ours.draws.tally.judged(PassRate("a", digest(text), -1, 4, 4))
     ours.join("g", 0.0)
     ours.published(0, 0.0)
-    ours.applied("g", 0, 0, 0.0)
+    ours.applied("g", fake_run.applied(0), 0.0)
     return ours
 
 
@@ -190,7 +190,7 @@ def test_the_learner_is_told_when_no_prompt_is_left(tmp_path: Path) -> None:
     again.begin(2.0, ours.snapshot(0))  # the others were never drawn
     again.join("g", 2.0)
     again.published(0, 2.0)
-    again.applied("g", again.incarnation, 0, 2.0)
+    again.applied("g", fake_run.applied(0, again.incarnation), 2.0)
     again.request("g", 8, 2.0)
     assert [lease.prompt.index % 5 for lease in again.grants(2.0)["g"]] == [3, 4, 0, 1]
 
@@ -238,7 +238,7 @@ def test_where_one_domain_has_no_prompt_left_the_others_go_on(tmp_path: Path) ->
     ours.begin(0.0)
     ours.published(0, 0.0)
     ours.join("g", 0.0)
-    ours.applied("g", 0, 0, 0.0)
+    ours.applied("g", fake_run.applied(0), 0.0)
 
     def granted() -> list[Lease]:
         ours.request("g", 99, 1.0)

@@ -18,7 +18,7 @@ from engine.config import Config, load
 from engine.coordinator import Coordinator
 from engine.ledger import Ledger
 from engine.prompts import Prompts
-from engine.schema import Group, Lease, Trained
+from engine.schema import Applied, Group, Lease, Trained
 from engine.scores import scheduled_shape
 from rewards.verdict import Verdict
 
@@ -72,7 +72,7 @@ def begun(config: Config, folder: Path) -> Coordinator:
     coordinator.begin(0.0)
     coordinator.published(0, 0.0)
     coordinator.join("g", 0.0)
-    coordinator.applied("g", coordinator.incarnation, 0, 0.0)
+    coordinator.applied("g", Applied(coordinator.incarnation, 0, 0.0, 0.0), 0.0)
     return coordinator
 
 
@@ -106,7 +106,7 @@ def step(coordinator: Coordinator, num_groups: int, now: float) -> bool:
         return False
     coordinator.trained(Trained(version + 1, [group.group_id for group in taken.groups], "trained"))
     coordinator.published(version + 1, now)
-    coordinator.applied("g", coordinator.incarnation, version + 1, now)
+    coordinator.applied("g", Applied(coordinator.incarnation, version + 1, 0.0, 0.0), now)
     return True
 
 
