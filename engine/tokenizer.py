@@ -89,7 +89,7 @@ def _check_pieces(pieces: list[str]) -> None:
             raise ConfigError(f"model.tokenizer: {piece!r} stands twice, is empty or is reserved ({PAD}, {EOS})")
 
 
-def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """What a new model must know of it."""
     ids = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
     return {"vocab_size": len(tokenizer), **{name: int(number) for name, number in ids.items()}}  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ from engine.process import Stopped
 from engine.schema import Evaluation, State, Taken
 
 EVALUATION = Evaluation("step 1", 1, 1, 0.5, {})
-STATE = State({}, 0, 0, 0, {}, 0, 0.0, 0.0, [EVALUATION])
+STATE = State({}, 0, 0, {}, 0, 0.0, 0.0, [EVALUATION])
 
 
 class Learner:

@@ -23,7 +23,7 @@ def evaluation(name: str, accuracy: float, time: float) -> dict[str, Any]:
 
 
 def state(generated_tokens: int) -> State:
-    return State({"trained": 12}, 0, 0, 0, {}, generated_tokens, 0.0, 0.0)
+    return State({"trained": 12}, 0, 0, {}, generated_tokens, 0.0, 0.0)
 
 
 RESUMED = [

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from test_learner import alone, gradients
+from learning import alone
+from test_learner import gradients
 from torch import Tensor, nn
 
 from engine.algorithms.method import compose
