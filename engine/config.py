@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from rewards.options import Misfit, convert
+from rewards.options import Count, Misfit, Natural, Positive, Unsigned, convert
 
 
 class ConfigError(ValueError):
@@ -27,11 +27,7 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The base of every table: frozen, and an unknown key is an error."""
 
 
-# What a value may be; bounds of 1e9 keep infinity out.
-Count = Annotated[int, Meta(ge=1)]
-Natural = Annotated[int, Meta(ge=0)]
-Positive = Annotated[float, Meta(gt=0, le=1e9)]
-Unsigned = Annotated[float, Meta(ge=0, le=1e9)]
+# What a value may be, beside the types of rewards.options.
 Share = Annotated[float, Meta(ge=0, le=1)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
 Mass = Annotated[float, Meta(gt=0, le=1)]

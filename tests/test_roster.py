@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from fake_run import applied, begun, enter, give, step
 
+from engine.coordinator import Coordinator
 from engine.roster import Roster
 from engine.schema import Trained
 
@@ -36,13 +37,19 @@ def test_who_asks_for_most_comes_first_and_members_are_looked_through_once(
     assert len(looks) == 1
 
 
-def test_leases_go_only_to_the_newest_applied_version(tmp_path: Path) -> None:
+def one_behind(tmp_path: Path, num_samples: int) -> Coordinator:
+    """Version 1 is published; of two generators, g, which asked for `num_samples`, has applied it and h has not."""
     coordinator = begun(tmp_path)
-    leases = enter(coordinator, "g", 4)
+    leases = enter(coordinator, "g", num_samples)
     enter(coordinator, "h", 0)
     give(coordinator, *leases)
     step(coordinator, coordinator.take(2, 0, 1.0))
     coordinator.applied("g", applied(1), 2.0)
+    return coordinator
+
+
+def test_leases_go_only_to_the_newest_applied_version(tmp_path: Path) -> None:
+    coordinator = one_behind(tmp_path, 4)
     coordinator.request("h", 8, 2.0)
     assert coordinator.grants(2.0) == {}
     coordinator.request("g", 2, 2.0)
@@ -50,12 +57,7 @@ def test_leases_go_only_to_the_newest_applied_version(tmp_path: Path) -> None:
 
 
 def test_tickets_return_when_the_last_routed_generator_applied(tmp_path: Path) -> None:
-    coordinator = begun(tmp_path)
-    leases = enter(coordinator, "g", 8)
-    enter(coordinator, "h", 0)
-    give(coordinator, *leases)
-    step(coordinator, coordinator.take(2, 0, 1.0))
-    coordinator.applied("g", applied(1), 2.0)
+    coordinator = one_behind(tmp_path, 8)
     assert coordinator.tickets.num_free == 0
     coordinator.applied("h", applied(1), 2.0)
     assert coordinator.tickets.num_free == 2
