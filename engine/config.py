@@ -11,7 +11,7 @@ tables merge key by key, lists and slots are replaced.
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -26,6 +26,8 @@ class ConfigError(ValueError):
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The base of every table: frozen, and an unknown key is an error."""
 
+
+Table = TypeVar("Table", bound=Struct)
 
 # What a value may be, beside the types of rewards.options.
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -363,16 +365,39 @@ def parse(table: dict[str, Any]) -> Config:
 
 
 def resolved(config: Config) -> Config:
-    """`config` with the text of each template whose file it names, and ~ in a model's path as what it stands for."""
+    """`config` with the text of each template whose file it names, and ~ in paths as what it stands for."""
     domains = [
-        msgspec.structs.replace(domain, template=_text(f"domains.{number}.template", domain.template, ("{prompt}",)))
+        msgspec.structs.replace(
+            _at_home(domain, "path", "eval_path"),
+            template=_text(f"domains.{number}.template", domain.template, ("{prompt}",)),
+        )
         for number, domain in enumerate(config.domains)
     ]
-    model, critic = config.model, config.critic
-    chat = model.chat_template and _text("model.chat_template", model.chat_template, ("{{", "{%"))
-    model = msgspec.structs.replace(model, path=os.path.expanduser(model.path), chat_template=chat)
-    critic = msgspec.structs.replace(critic, path=os.path.expanduser(critic.path))
-    return msgspec.structs.replace(config, domains=domains, model=model, critic=critic)
+    chat = config.model.chat_template
+    model = msgspec.structs.replace(
+        _at_home(config.model, "path"), chat_template=chat and _text("model.chat_template", chat, ("{{", "{%"))
+    )
+    sglang = _at_home(config.generator.sglang, "python", "path", "api_key_file")
+    return msgspec.structs.replace(
+        config,
+        run=_at_home(config.run, "directory", "root"),
+        model=model,
+        warm_start=_at_home(config.warm_start, "cache"),
+        domains=domains,
+        curriculum=_at_home(config.curriculum, "rates"),
+        generator=msgspec.structs.replace(config.generator, sglang=sglang),
+        critic=_at_home(config.critic, "path"),
+        weights=_at_home(config.weights, "directory"),
+    )
+
+
+def _at_home(table: Table, *fields: str) -> Table:
+    """`table` with the ~ of these fields, paths or lists of them, expanded."""
+
+    def expand(value: Any) -> Any:
+        return list(map(expand, value)) if isinstance(value, list) else os.path.expanduser(value)
+
+    return msgspec.structs.replace(table, **{field: expand(getattr(table, field)) for field in fields})
 
 
 def _text(field: str, template: str, marks: tuple[str, ...]) -> str:

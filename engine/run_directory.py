@@ -155,7 +155,7 @@ def check_creatable(config: Config) -> None:
 
 
 def _check_writable(field: str, directory: str) -> None:
-    path = Path(directory).expanduser().absolute()
+    path = Path(directory).absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{field} = {directory!r}: cannot make anything in {nearest}")

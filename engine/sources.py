@@ -6,6 +6,7 @@ generated prompts never end.
 
 import hashlib
 import random
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import msgspec
 from engine import tokenizer as tokenizers
 from engine.config import Config, ConfigError, Domain, Model
 from engine.schema import Prompt
-from rewards.columns import Wanted, lacking, wanted
+from rewards.columns import Wanted, absent, lacking, wanted
 from rewards.spelling import suggestion
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ class Mould:
 
 
 def _check_row(row: Row, columns: Wanted) -> None:
-    problem = "no column 'prompt'" if row.get("prompt") is None else lacking(row, columns)
-    if problem:
+    if problem := absent(row, "prompt") or lacking(row, columns):
         raise ValueError(f"{problem}; there are {', '.join(map(repr, row))}")
     prompt, answer = row["prompt"], row.get("answer")
     if not isinstance(answer, str | int | float | None):
@@ -265,18 +265,23 @@ def read_rows(field: str, path: str, domain: Domain, mould: Mould) -> list[Promp
     if reader is None:
         raise ConfigError(f"{field}: allowed are files that end in {', '.join(READERS)}")
     try:
-        rows = reader(Path(path).expanduser())
+        rows = reader(Path(path))
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise ConfigError(f"{field}: cannot read it: {why}") from error
-    prompts = []
+    prompts: list[Prompt] = []
+    unfit: list[str] = []
     for number, row in enumerate(rows):
         if row.get("domain", domain.name) != domain.name:
             continue
         try:
             prompts.append(mould(renamed(row, domain.columns), number))
+        except Unfit as error:
+            unfit.append(f"row {number + 1}: {error}")
         except ValueError as error:
             raise ConfigError(f"{field}: row {number + 1}: {error}") from error
+    if unfit:
+        raise ConfigError(f"{field}: {unfit[0]}; of {len(rows)} rows {len(unfit)} do not fit")
     if not prompts:
         others = ", ".join(sorted({str(row["domain"]) for row in rows}))
         raise ConfigError(f"{field}: no rows" + (f" of domain {domain.name!r}; there are {others}" if others else ""))
@@ -312,11 +317,11 @@ def within(prompts: list[Prompt], columns: Columns) -> list[Prompt]:
 
 def read_jsonl(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines()):
+    for number, line in enumerate(path.read_bytes().removeprefix(BOM_UTF8).splitlines()):
         if line.strip():
             try:
                 rows.append(msgspec.json.decode(line, type=Row))
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"line {number + 1} is no JSON object: {str(error).replace('`', '')}") from error
     return rows
 

@@ -42,7 +42,7 @@ def warm_start(
     A share `warm_start.noise` of the demonstrations carries the answer of another prompt. The held-out prompts are
     never among them. Raises `Stopped` where `stop` asks for it.
     """
-    cached = Path(config.warm_start.cache).expanduser() / f"{_key(config, policy)}.safetensors"
+    cached = Path(config.warm_start.cache) / f"{_key(config, policy)}.safetensors"
     if cached.exists():
         say(f"warm start from {cached}")
         _restore(policy, load_file(cached))

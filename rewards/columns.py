@@ -48,8 +48,16 @@ def _of_signature(path: str) -> Iterable[Either]:
 
 
 def lacking(row: Mapping[str, Any], columns: Wanted) -> str:
-    """What `row` lacks of `columns`, in words; empty where it lacks nothing. A column without a value lacks."""
+    """What `row` lacks of `columns`, in words; empty where it lacks nothing."""
     for either, reward in columns.items():
-        if all(row.get(column) is None for column in either):
-            return f"no column {' or '.join(map(repr, either))}, which reward {reward!r} wants"
+        if problem := absent(row, *either):
+            return f"{problem}, which reward {reward!r} wants"
     return ""
+
+
+def absent(row: Mapping[str, Any], *either: str) -> str:
+    """That none of these columns has a value in `row`, in words; empty where one has."""
+    if any(row.get(column) is not None for column in either):
+        return ""
+    known = any(column in row for column in either)
+    return f"no {'value in ' if known else ''}column {' or '.join(map(repr, either))}"

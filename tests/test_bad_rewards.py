@@ -90,21 +90,21 @@ FORMAT_AND_EXACT = [{"reward": "format", "options": {"pattern": "."}}, {"reward"
 
 
 @pytest.mark.parametrize(
-    ("reward", "options", "row", "lacks"),
+    ("reward", "options", "row", "lacks", "wants"),
     [
-        ("exact", {}, {}, "'answer', which reward 'exact' wants"),
-        ("math", {}, {"answer": None}, "'answer', which reward 'math' wants"),
-        ("instructions", {}, {"kwargs": []}, "'instruction_id_list' or 'answer', which reward 'instructions' wants"),
-        ("reasoning_gym", {}, {"task": "ab", "options": {}}, "'index', which reward 'reasoning_gym' wants"),
-        ("sum", {"terms": FORMAT_AND_EXACT}, {"hint": 1}, "'answer', which reward 'exact' wants"),
+        ("exact", {}, {}, "no column 'answer'", "exact"),
+        ("math", {}, {"answer": None}, "no value in column 'answer'", "math"),
+        ("instructions", {}, {"kwargs": []}, "no column 'instruction_id_list' or 'answer'", "instructions"),
+        ("reasoning_gym", {}, {"task": "ab", "options": {}}, "no column 'index'", "reasoning_gym"),
+        ("sum", {"terms": FORMAT_AND_EXACT}, {"hint": 1}, "no column 'answer'", "exact"),
     ],
 )
 def test_a_column_that_the_reward_wants(
-    refusal, tmp_path: Path, reward: str, options: dict, row: dict, lacks: str
+    refusal, tmp_path: Path, reward: str, options: dict, row: dict, lacks: str, wants: str
 ) -> None:
     complete = {"answer": "1", "index": 1, "task": "ab", "options": {}}
     line = refusal(*file(tmp_path, reward, complete, row, **options))
-    assert f"rows.jsonl': row 2: no column {lacks}; there are 'prompt'" in line, line
+    assert f"rows.jsonl': row 2: {lacks}, which reward '{wants}' wants; there are 'prompt'" in line, line
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,8 @@ def test_a_users_reward_wants_what_its_signature_says() -> None:
     assert list(wanted(function, {})) == [("hint",)]
     assert list(wanted(function, {"hint": 1})) == []
     assert list(wanted(made, {})) == [("answer",), ("hint",)]
-    assert lacking({"hint": None}, wanted(function, {})) == f"no column 'hint', which reward '{function}' wants"
+    lacks = lacking({"hint": None}, wanted(function, {}))
+    assert lacks == f"no value in column 'hint', which reward '{function}' wants"
     assert lacking({"hint": 0}, wanted(function, {})) == ""
 
 

@@ -27,6 +27,9 @@ tokens_per_micro_batch = 2048
 lr = 1e-3
 """
 
+FILE = ["--domains.0.source=file"]
+DISK = ["--weights.route=disk", "--weights.directory=~/here"]
+
 
 @pytest.fixture
 def minimal(tmp_path: Path) -> Path:
@@ -183,6 +186,24 @@ def test_the_round_trip_holds_awkward_values(minimal):
     config = load(minimal, ["--learner.lr=1e-300", "--domains.0.options={ deep = { list = [1, 2.5, 'ü\"\\\\'] } }"])
     resolved = write(minimal.parent, "resolved.toml", to_toml(config))
     assert load(resolved) == config
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["run.root", "run.directory", "model.path", "domains.0.path", "domains.0.eval_path", "weights.directory",
+     "warm_start.cache", "critic.path", "generator.sglang.python"],
+)  # fmt: skip
+def test_a_path_may_begin_at_home(minimal, monkeypatch, field):
+    monkeypatch.setenv("HOME", "/home/one")
+    value = load(minimal, [f"--{field}=~/here", "--model.init={}", "--model.path=~/here", *FILE, *DISK])
+    for name in field.split("."):
+        value = value[int(name)] if name.isdigit() else getattr(value, name)
+    assert value == "/home/one/here"
+
+
+def test_every_path_of_a_list_may_begin_at_home(minimal, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/one")
+    assert load(minimal, ["--curriculum.rates=['~/a', 'b']"]).curriculum.rates == ["/home/one/a", "b"]
 
 
 # ---- templates -------------------------------------------------------------------------------------------------

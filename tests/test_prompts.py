@@ -221,12 +221,15 @@ def refusal(domain, tokenizer, context=120):
         ([], "no rows"),
         ([{"question": "1", "answer": "1"}], "row 1: no column 'prompt'; there are 'question', 'answer'"),
         ([{"prompt": "1", "answer": "1"}, {"prompt": "1"}], "row 2: no column 'answer'"),
+        ([{"prompt": "1", "answer": "1"}, {"prompt": "1", "answer": None}], "row 2: no value in column 'answer'"),
+        ([{"prompt": None, "answer": "1"}], "row 1: no value in column 'prompt'"),
         ([{"prompt": "1", "answer": ["1"]}], "row 1: answer = ['1']: must be text or a number"),
         ([{"prompt": 1, "answer": "1"}], "row 1: prompt = 1: must be text or chat messages"),
         ([{"prompt": [{"role": "user"}], "answer": "1"}], "must be text or chat messages"),
         ([{"prompt": [{"role": "user", "content": "1"}], "answer": "1"}], "the tokenizer has no chat template"),
         ([{"prompt": "é", "answer": "1"}], "row 1: the tokenizer has no token for 'é'"),
         ([{"prompt": "1" * 120, "answer": "1"}], "the prompt has 120 tokens; allowed are 1 to model.context - 1 = 119"),
+        ([{"prompt": prompt, "answer": "1"} for prompt in ("1", "1" * 120, "")], "; of 3 rows 2 do not fit"),
         ([{"prompt": "", "answer": "1"}], "the prompt has 0 tokens"),
         ([{"prompt": "1", "answer": "1", "domain": "x"}], "no rows of domain 'file'; there are x"),
     ],
@@ -257,6 +260,14 @@ def test_a_line_that_is_no_object_is_named(tokenizer, tmp_path):
     domain = numbers(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_text('{"prompt": "1", "answer": "1"}\n\n[1]\n')
     assert "line 3 is no JSON object" in refusal(domain, tokenizer)
+    (tmp_path / "a.jsonl").write_bytes('{"prompt": "1", "answer": "é"}\n'.encode("latin-1"))
+    assert "line 1 is no JSON object: 'utf-8' codec can't decode" in refusal(domain, tokenizer)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tokenizer, tmp_path):
+    domain = numbers(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.jsonl").read_bytes())
+    assert Prompts(make([domain]), tokenizer).prompt("file", 0).text
 
 
 @pytest.mark.parametrize(
