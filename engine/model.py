@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from engine.attention import Layout
 from engine.config import ConfigError, Model
@@ -83,14 +90,18 @@ def build(
     dtype = getattr(torch, model.dtype)
     options = {"attn_implementation": ATTENTION, "dtype": dtype}
     try:
-        if model.path and not empty:
-            policy = AutoModelForCausalLM.from_pretrained(model.path, **options)
-        elif model.path:
-            policy = _empty(AutoConfig.from_pretrained(model.path), dtype)
+        if model.path:
+            config = AutoConfig.from_pretrained(model.path)
         else:
             ids = {"vocab_size": vocab_size, "eos_token_id": eos_id, "pad_token_id": pad_id, "bos_token_id": None}
             config = AutoConfig.for_model(**{"max_position_embeddings": model.context, **ids, **model.init})
-            policy = _empty(config, dtype) if empty else _new(config, dtype, seed)
+        _check_kind(config)
+        if empty:
+            policy = _empty(config, dtype)
+        elif model.path:
+            policy = AutoModelForCausalLM.from_pretrained(model.path, **options)
+        else:
+            policy = _new(config, dtype, seed)
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         field, value = ("model.path", repr(model.path)) if model.path else ("model.init", str(dict(model.init)))
         raise ConfigError(f"{field} = {value}: {' '.join(str(error).split())}") from error
@@ -111,6 +122,16 @@ def _new(config: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
 def _empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
         return _new(config, dtype, seed=0)
+
+
+def _check_kind(config: PreTrainedConfig) -> None:
+    """Left to itself transformers names every class that it knows, or takes the text out of a model of more."""
+    text = config.get_text_config()
+    if text is not config:
+        part = f"save its language model, {text.model_type!r}, by itself"
+        raise ValueError(f"{config.model_type!r} is a model of more than text; {part}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{config.model_type!r} is no causal language model")
 
 
 def _check_sizes(policy: PreTrainedModel, model: Model, vocab_size: int) -> None:
@@ -135,9 +156,12 @@ def _check_head(policy: PreTrainedModel) -> None:
 
 
 def describe(model: PreTrainedModel) -> dict[str, bytes]:
-    """The small files from which `from_description` rebuilds the model without its weights, by file name."""
+    """The small files from which `from_description` rebuilds the model without its weights, by file name; of its
+    generation_config.json what ends a sequence, which many a model says there alone."""
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    return {"config.json": json.dumps(config, default=str).encode()}
+    ends = {"eos_token_id": getattr(model.generation_config, "eos_token_id", None)}
+    files = {"config.json": config, "generation_config.json": ends}
+    return {name: json.dumps(content, default=str).encode() for name, content in files.items()}
 
 
 def from_description(files: dict[str, bytes], dtype: str, device: str | torch.device) -> PreTrainedModel:

@@ -1,5 +1,7 @@
 """The embedded generator against a full recomputation of what it sampled."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from transformers import PreTrainedModel
 
 from engine import tokenizer
 from engine.attention import Layout
-from engine.config import ConfigError, Generator, Model, parse
-from engine.generators.base import Sampled
+from engine.config import ConfigError, Generator, Model, Tokenizer, parse
+from engine.generators.base import Sampled, stop_ids
 from engine.generators.embedded import Embedded, from_files
 from engine.model import build, describe, hidden_states, lm_head, widen_head
 from engine.policy import manifest_of, named_tensors
@@ -343,3 +345,13 @@ def test_a_wide_head_travels_as_it_is(tied: bool) -> None:
     assert torch.equal(lm_head(engine._model).get_parameter("weight"), lm_head(exact).get_parameter("weight"))
     engine.submit(lease(0))
     assert len(drain(engine)[0].token_ids)
+
+
+def test_every_token_that_ends_a_sequence_to_the_model_on_disk_ends_a_completion(tmp_path: Path) -> None:
+    spec = Model(context=CONTEXT, path=str(tmp_path), tokenizer=Tokenizer(alphabet="abc"))
+    model = make_model()
+    model.generation_config.eos_token_id = [7, 9]
+    model.save_pretrained(tmp_path)
+    tokenizer.make(spec.tokenizer).save_pretrained(tmp_path)
+    files = describe(build(spec, vocab_size=20, eos_id=EOS, pad_id=0, seed=0))
+    assert stop_ids(tokenizer.load(spec), files) == [EOS, 7, 9]

@@ -131,6 +131,12 @@ def test_attention_that_we_do_not_compute_is_refused() -> None:
             r"^model.context = 64.*sliding window, 16",
         ),
         (Model(context=64, init={**SMALL, "model_type": "llama", "vocab_size": 40}), r"40 token ids"),
+        (Model(context=64, init={"model_type": "t5"}), r"^model.init.*: 't5' is no causal language model$"),
+        (
+            Model(context=64, init={"model_type": "gemma3"}),
+            r"'gemma3' is a model of more than text; save its language model, 'gemma3_text', by itself$",
+        ),
+        (Model(context=64, init={"model_type": "llava"}), r"'llava' is a model of more than text"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_one_line_that_names_the_field(model: Model, message: str) -> None:

@@ -1,7 +1,8 @@
 """What every generator offers to the actor loop, be it embedded or a server."""
 
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
@@ -10,8 +11,11 @@ from engine.schema import Finish, Lease, LeaseKey
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from engine.weights import Manifest
+
+CONFIGURATIONS = ("config.json", "generation_config.json")
 
 
 class Sampled(msgspec.Struct, frozen=True):
@@ -83,6 +87,9 @@ class Generator(Protocol):
         ...
 
 
-def stop_ids(*given: Any) -> list[int]:
-    """The tokens that end a completion: numbers, lists of them or None, as tokenizers and configurations have them."""
+def stop_ids(tokenizer: "PreTrainedTokenizerBase", files: Mapping[str, bytes]) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and those that the model's configurations among `files` name,
+    a number or a list of them."""
+    named = (json.loads(files.get(name, b"{}")).get("eos_token_id") for name in CONFIGURATIONS)
+    given = (tokenizer.eos_token_id, *named)
     return sorted({number for entry in given if entry is not None for number in np.atleast_1d(entry).tolist()})

@@ -388,6 +388,6 @@ def from_files(config: Config, files: dict[str, bytes], tokenizer: "PreTrainedTo
         model,
         msgspec.structs.replace(config.generator, max_new_tokens=Schedule(config).longest_answer),
         context=config.model.context,
-        stop_ids=stop_ids(tokenizer.eos_token_id, model.config.eos_token_id),
+        stop_ids=stop_ids(tokenizer, files),
         text=lambda token_ids: decode(tokenizer, token_ids),
     )

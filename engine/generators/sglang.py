@@ -422,6 +422,6 @@ def from_files(config: Config, files: dict[str, bytes], tokenizer: "PreTrainedTo
     return SGLang(
         config,
         server,
-        stop_ids=stop_ids(tokenizer.eos_token_id, json.loads(files["config.json"]).get("eos_token_id")),
+        stop_ids=stop_ids(tokenizer, files),
         text=lambda token_ids: decode(tokenizer, token_ids),
     )
