@@ -247,7 +247,7 @@ class Coordinator:
         """The groups to train at `version`; None: the learner must wait, ask again after the next change. No groups
         at all once the prompts are exhausted, nothing is generated any more and the buffer holds too few."""
         overdue = self.buffer.expire(version)
-        taken = self.buffer.take(num_groups, version, self._leases.training_versions())
+        taken = self.buffer.take(num_groups, version, [task.version for task in self._leases.training()])
         if not overdue and taken is None:
             return self._none_left()
         with self._ledger.transaction():
@@ -283,10 +283,13 @@ class Coordinator:
                 self._record_end(group_id, domain, end, trained.reason if end == "failed" else "")
 
     def published(self, version: int, now: float) -> None:
-        """The weights of `version` lie ready; generators have `publish_s` to apply them or newer ones."""
+        """The weights of `version` lie ready; generators have `publish_s` to apply them or newer ones. With the last
+        step's all leases of training end: they would keep the evaluation that follows from its slots."""
         self.roster.publish(version, now)
         with self._ledger.transaction():
             self._ledger.event("published", version=version)
+            for task in self._leases.training() if self._is_over else []:
+                self._give_back(task, "the run is over", now, blame=False)
 
     def evaluate(self, name: str, kind: Kind, wait: bool, now: float) -> None:
         """Begins an evaluation or a probe. While one with `wait` is open nothing else is leased, and its leases go
@@ -361,8 +364,13 @@ class Coordinator:
             return self.surveys.next_task() or self._next_training()
         return self._next_training() or self.surveys.next_task()
 
+    @property
+    def _is_over(self) -> bool:
+        """Whether nothing more will be taken, unless a resume has more steps."""
+        return self.version >= self._config.run.steps
+
     def _next_training(self) -> Task | None:
-        return self.draws.next(self.version, self._leases.num_training > 0)
+        return None if self._is_over else self.draws.next(self.version, self._leases.num_training > 0)
 
     def _grant(self, task: Task, generator: str, version: int, now: float) -> Lease:
         task.attempt += 1

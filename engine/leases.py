@@ -28,9 +28,8 @@ class Leases:
     def held_by(self, generator: str) -> list[Task]:
         return [task for task in self._tasks.values() if task.generator == generator]
 
-    def training_versions(self) -> list[int]:
-        """The lease version of each group of training."""
-        return [task.version for task in self._tasks.values() if task.kind == "train"]
+    def training(self) -> list[Task]:
+        return [task for task in self._tasks.values() if task.kind == "train"]
 
     def overdue(self, now: float) -> list[Task]:
         return list(itertools.takewhile(lambda task: now - task.leased_s >= self._group_s, self._tasks.values()))

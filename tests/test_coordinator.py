@@ -6,7 +6,7 @@ from pathlib import Path
 import fake_run
 import msgspec
 import pytest
-from fake_run import applied, begun, enter, give, step
+from fake_run import applied, beat, begun, enter, give, step
 
 from engine.coordinator import Coordinator
 from engine.schema import Failure, Lease, Took, Trained
@@ -83,6 +83,21 @@ def test_where_groups_are_filtered_as_many_more_are_drawn_for_the_last_steps(tmp
     assert len(coordinator.grants(1.0)["g"]) == 2  # one of two was lost: now 3 are in flight, of which 2 might do
     give(coordinator, second)
     assert coordinator.grants(1.0) == {}
+
+
+def test_the_end_of_a_run_waits_for_no_group_and_loses_none(tmp_path: Path) -> None:
+    coordinator = begun(tmp_path, steps=1, max_staleness=4)
+    first, second = enter(coordinator, "g", 99)
+    give(coordinator, first, uniform=True)
+    third, straggler = coordinator.grants(1.0)["g"]
+    give(coordinator, second, third)
+    step(coordinator, coordinator.take(2, 0, 1.0))
+    coordinator.published(1, 2.0)
+    assert coordinator.heartbeat("g", beat(straggler), 2.0) == [straggler.key]  # it is to let go of it
+    coordinator.applied("g", applied(1), 2.0)
+    assert coordinator.grants(2.0) == {}
+    longer = begun(tmp_path, snapshot=coordinator.snapshot(1), steps=2, max_staleness=4)
+    assert straggler.group_id in [lease.group_id for lease in enter(longer, "g", 99, now=3.0)]
 
 
 def test_what_the_metrics_need_of_a_take(tmp_path: Path) -> None:
