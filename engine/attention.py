@@ -5,11 +5,23 @@ segment names a prefix (a prompt that several completions share), to all tokens 
 describes one such cut; it is made once per micro-batch and used by every layer.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.ops import model as ops
+
+
+class Varlen(NamedTuple):
+    """A layout as torch's attention over sequences of queries and of keys reads it, on their device."""
+
+    rows: Tensor | None  # int64, the rows of all segments' keys, one segment behind the other; None: all, in order
+    cu_queries: Tensor  # int32 [S + 1]
+    cu_keys: Tensor  # int32 [S + 1]
+    longest_queries: int
+    longest_keys: int
 
 
 class Layout:
@@ -29,6 +41,7 @@ class Layout:
         own_prefix = np.where(shared, lengths[self.prefix], 0) if len(lengths) else lengths
         self.longest = int((lengths + own_prefix).max(initial=0))
         self._families = ops.Families(*map(torch.from_numpy, (self.cu_seqlens, *families(self.prefix))))
+        self._varlen: Varlen | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query [T, H, D], key and value [T, H_kv, D] -> [T, H, D]."""
@@ -48,9 +61,23 @@ class Layout:
 
     def key_rows(self, segment: int) -> np.ndarray:
         """The rows that the last token of `segment` attends to, in order of position."""
-        parent, rows = self.prefix[segment], np.arange(self.num_tokens)
-        own = rows[self.cu_seqlens[segment] : self.cu_seqlens[segment + 1]]
+        parent, own = self.prefix[segment], np.arange(*self.cu_seqlens[segment : segment + 2])
         return own if parent < 0 else np.concatenate([self.key_rows(parent), own])
+
+    def varlen(self, device: torch.device) -> Varlen:
+        """Made at the first call, for whose `device` it is: each copy to a GPU makes the host wait for all that was
+        asked of it before, and every layer wants them."""
+        if self._varlen is None:
+            keys = [self.key_rows(segment) for segment in range(len(self.prefix))]
+            cu_keys = np.cumsum([0, *map(len, keys)])
+            self._varlen = Varlen(
+                rows=torch.from_numpy(np.concatenate(keys)).to(device) if (self.prefix >= 0).any() else None,
+                cu_queries=torch.from_numpy(self.cu_seqlens).to(device, torch.int32),
+                cu_keys=torch.from_numpy(cu_keys).to(device, torch.int32),
+                longest_queries=int(np.diff(self.cu_seqlens).max(initial=0)),
+                longest_keys=self.longest,
+            )
+        return self._varlen
 
 
 def families(prefix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,21 +113,21 @@ def attend_cuda(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    segments = [layout.key_rows(segment) for segment in range(len(layout.prefix))]
-    rows = torch.from_numpy(np.concatenate(segments)).to(query.device)
-    cu_keys = np.concatenate([[0], np.cumsum([len(segment) for segment in segments])]).astype(np.int32)
-    longest_query = int(np.diff(layout.cu_seqlens).max(initial=0))
+    made = layout.varlen(query.device)
+    if made.rows is not None:
+        key, value = key[made.rows], value[made.rows]
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}):  # torch 2.11 takes grouped queries without being told
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
     out = varlen_attn(
         query.contiguous(),
-        key[rows],
-        value[rows],
-        torch.from_numpy(layout.cu_seqlens.astype(np.int32)).to(query.device),
-        torch.from_numpy(cu_keys).to(query.device),
-        longest_query,
-        layout.longest,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        key.contiguous(),
+        value.contiguous(),
+        made.cu_queries,
+        made.cu_keys,
+        made.longest_queries,
+        made.longest_keys,
+        **options,
     )
     assert isinstance(out, Tensor)  # a tuple only where more was asked for
     return out

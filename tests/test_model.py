@@ -5,9 +5,10 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine.attention import Layout, attend_plain
+from engine.attention import Layout, attend_cuda, attend_plain
 from engine.config import ConfigError, Model
 from engine.model import build, check_isolation, describe, from_description, hidden_states, lm_head
 
@@ -74,6 +75,46 @@ def test_fast_attention_equals_its_reference_in_values_and_gradients() -> None:
         torch.autograd.grad(weighted(fast), inputs), torch.autograd.grad(weighted(plain), inputs), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """torch 2.11's varlen attention, sequence by sequence: it takes grouped queries without being told of them."""
+    assert window_size == (-1, 0) and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    queries, keys = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max_q, max_k) == (max(queries), max(keys))
+    out = []
+    for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        heads = {name: x.transpose(0, 1) for name, x in {"query": q, "key": k, "value": v}.items()}
+        attended = scaled_dot_product_attention(**heads, attn_mask=seen, scale=scale, enable_gqa=True)
+        out.append(attended.transpose(0, 1))
+    return torch.cat(out)
+
+
+def varlen_told(*args, enable_gqa=False, **options):
+    """That of torch 2.12, which wants to know."""
+    assert enable_gqa == (args[0].shape[1] != args[1].shape[1])
+    return varlen(*args, **options)
+
+
+@pytest.mark.parametrize("kernel", [varlen, varlen_told])
+@pytest.mark.parametrize("prefix", [PREFIX, [-1] * len(PREFIX)])
+def test_cuda_attention_tells_torchs_kernel_of_prefixes_and_grouped_heads(monkeypatch, kernel, prefix) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    layout = Layout(np.concatenate([[0], np.cumsum(LENGTHS)]), np.array(prefix))
+    for heads in (6, 2):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(layout.num_tokens, each, 5, dtype=torch.float64) for each in (heads, 2, 2))
+        ours, plain = (attend(q, k, v, layout, 0.3) for attend in (attend_cuda, attend_plain))
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layout_goes_to_its_device_once() -> None:
+    """Each copy to a GPU makes the host wait for it; a model asks once a layer."""
+    _, _, layout = batch()
+    first, second = (layout.varlen(torch.device("cpu")) for _ in range(2))
+    assert first is second and first.rows is not None
+    assert Layout(np.array([0, 3, 5])).varlen(torch.device("cpu")).rows is None  # keys without prefixes stay in place
 
 
 def test_one_token_attends_to_itself_and_a_prefix_by_hand() -> None:
