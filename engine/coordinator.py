@@ -48,6 +48,7 @@ from engine.tickets import Tickets
 COSTS = ("stage_s", "pause_s", "num_bytes", "link_share")  # of a version applied
 
 MAX_FAILURES = 3  # leases of one group that end badly before it is given up
+HOPELESS = 100  # groups that fail in a row, and all that can be in flight, before the job is
 
 Note = Granted | Lapsed | Ack | Took
 
@@ -80,6 +81,7 @@ class Coordinator:
         self._note = note
         self._leases = Leases(config.deadlines.group_s)
         self._taken: dict[int, Waiting] = {}
+        self._failing: list[str] = []  # why each of the newest groups failed, back to one that did not
         self._filtered: list[int] = []  # since the last take
         self._filtered_before: list[int] = []  # the take under way, between the last one and this
         self._ends: Counter[str] = Counter()
@@ -150,8 +152,17 @@ class Coordinator:
         return version if member.applied < version else None
 
     def stalled(self, now: float) -> str:
-        """Why no generator samples, where it has been so for long."""
+        """Why no group comes that could be trained: none does any more, or no generator has sampled for long."""
+        if len(self._failing) >= self._config.run.groups_per_step:
+            return f"group after group fails; the first of them: {self._failing[0]}"
         return self.roster.stalled(now)
+
+    @property
+    def hopeless(self) -> str:
+        """Why it is of no use to go on, where group after group fails: each of them is a prompt lost to the run."""
+        if len(self._failing) < max(HOPELESS, self.tickets.capacity):
+            return ""
+        return f"{len(self._failing)} groups in a row failed; the first: {self._failing[0]}"
 
     def join(self, generator: str, now: float) -> None:
         """A generator joins. One that joins again has lost what it held. It is routed once it applied a version."""
@@ -435,6 +446,7 @@ class Coordinator:
         filters = self._schedule.at(group.lease_version).algorithm.filter_uniform
         end, reason = early_end(group, self._shape if filters else None)
         if end is None:
+            self._failing.clear()
             self.buffer.admit(Waiting(group, now, self.version))
         else:
             self._end(group.group_id, group.domain, end, reason)
@@ -445,6 +457,9 @@ class Coordinator:
         self._record_end(group_id, domain, end, reason)
         if end == "filtered":
             self._filtered.append(group_id)
+            self._failing.clear()
+        elif end == "failed":
+            self._failing.append(reason)
 
     def _record_end(self, group_id: int, domain: str, end: End, reason: str) -> None:
         self.draws.tally.end(domain, end)

@@ -236,7 +236,7 @@ class CoordinatorLoop:
             self._link.send(answer)
 
     def _complain(self, now: float) -> None:
-        """Tells the learner, whose request waits, why no generator samples."""
+        """Tells the learner, whose request waits, why it does."""
         reason = "" if self._open is None else self._coordinator.stalled(now)
         if reason and reason != self._complaint:
             self._link.send(Stalled(reason))
@@ -244,7 +244,9 @@ class CoordinatorLoop:
 
     def _try(self, message: Take | Evaluate, now: float) -> Any:
         if isinstance(message, Take):
-            return self._coordinator.take(message.num_groups, message.version, now)
+            taken = self._coordinator.take(message.num_groups, message.version, now)
+            hopeless = self._coordinator.hopeless
+            return Refused(hopeless) if taken is None and hopeless else taken
         if message.kind == "probe":
             groups = self._coordinator.probe(message.name)
             return None if groups is None else Probed(groups)

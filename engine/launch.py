@@ -34,6 +34,7 @@ from engine.optimizer import NonFinite
 from engine.placement import Seat, check_devices, join_learners, rendezvous, seat
 from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, answer_with_stacks, die_with_parent
 from engine.prompts import Prompts
+from engine.rollouts import Hopeless
 from engine.run_directory import RunDirectory, check_creatable, check_paths, check_port, check_resumable, create, reopen
 from engine.schedule import Schedule
 from engine.scorer import check_judgeable, check_rewards
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         tell(error)
         return 2
-    except (ProcessDied, Silence, Mismatch, NonFinite, WeightsError, dist.DistError) as error:
+    except (ProcessDied, Silence, Hopeless, Mismatch, NonFinite, WeightsError, dist.DistError) as error:
         tell(error)
         return 1
     except Stopped as error:
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def tell(error: Exception) -> None:
+def tell(error: Exception | str) -> None:
     """One line, whatever others put into it."""
     print(f"leeway: {' '.join(str(error).splitlines())}", file=sys.stderr)
 
@@ -137,7 +138,8 @@ def check_method(config: Config, tokens: PreTrainedTokenizerBase) -> Prompts:
     rewards = check_rewards(config)
     check_tracking(config)
     prompts = Prompts(config, tokens)
-    check_judgeable(config, rewards, prompts)
+    for doubt in check_judgeable(config, rewards, prompts):
+        tell(doubt)
     return prompts
 
 

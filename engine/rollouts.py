@@ -35,6 +35,10 @@ from engine.stream import Link, Silence
 from engine.wire import decode, encode
 
 
+class Hopeless(RuntimeError):
+    """What was asked for will not come, though all processes live."""
+
+
 class Rollouts:
     """Starts the coordinator, and asks it. Every method is called by all learner ranks alike; only rank 0's link is
     real. All waits end with an error that names the phase when the coordinator dies or stays silent."""
@@ -158,7 +162,7 @@ class Rollouts:
             else:  # it answers a request that a stop ended
                 assert isinstance(message, Taken | Probed | Evaluated), f"{phase}: got {type(message).__name__}"
         if isinstance(message, Refused):
-            raise ConfigError(f"{phase}: {message.reason}")
+            raise (ConfigError if expected is Ready else Hopeless)(f"{phase}: {message.reason}")
         return message
 
 

@@ -344,7 +344,7 @@ class Done(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stalled(msgspec.Struct, tag=True, frozen=True):
-    """The request waits, and no generator samples for it; said whenever the reason is news."""
+    """The request waits for longer than it should; said whenever the reason is news."""
 
     reason: str
 

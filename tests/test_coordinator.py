@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from fake_run import applied, beat, begun, enter, give, step
 
-from engine.coordinator import Coordinator
+from engine.coordinator import HOPELESS, Coordinator
 from engine.schema import Failure, Lease, Took, Trained
 from engine.task import followed
 
@@ -98,6 +98,28 @@ def test_the_end_of_a_run_waits_for_no_group_and_loses_none(tmp_path: Path) -> N
     assert coordinator.grants(2.0) == {}
     longer = begun(tmp_path, snapshot=coordinator.snapshot(1), steps=2, max_staleness=4)
     assert straggler.group_id in [lease.group_id for lease in enter(longer, "g", 99, now=3.0)]
+
+
+def test_groups_that_fail_one_after_the_other_are_told_and_end_the_job(tmp_path: Path) -> None:
+    coordinator, first = begun(tmp_path), "1 valid completions of 2: died"
+
+    def judge(errors: int) -> None:
+        coordinator.request("g", 2, 1.0)
+        [lease] = coordinator.grants(1.0)["g"]
+        coordinator.arrived(fake_run.result(lease, errors=errors), 1.0)
+
+    coordinator.join("g", 0.0)
+    coordinator.applied("g", applied(0), 0.0)
+    for errors in (2, 0, 1):
+        judge(errors)
+        assert coordinator.stalled(1.0) == coordinator.hopeless == ""  # one of a step's two at most
+    for _ in range(HOPELESS - 1):
+        assert coordinator.hopeless == ""
+        judge(2)
+        assert coordinator.stalled(1.0) == f"group after group fails; the first of them: {first}"
+    assert coordinator.hopeless == f"{HOPELESS} groups in a row failed; the first: {first}"
+    judge(0)
+    assert coordinator.hopeless == ""
 
 
 def test_what_the_metrics_need_of_a_take(tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ from engine.schema import (
     Leases,
     Published,
     Ready,
+    Refused,
     Request,
     Result,
     Save,
     Saved,
     Stop,
+    Take,
     ToGenerator,
     ToLearner,
 )
@@ -118,6 +120,21 @@ def test_an_evaluation_handed_out_at_a_checkpoint_is_not_kept_in_it(between: Bet
     done = between.learner.receive(PATIENCE_S, "saved")
     assert [evaluation.name for evaluation in done.state.completed_evaluations] == ["step 0"]
     assert unpack((tmp_path / SNAPSHOT).read_bytes()).evaluations == []
+
+
+def test_a_take_that_no_group_will_come_for_is_refused(between: Between, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.coordinator.HOPELESS", 1)
+    between.join(99)
+    between.learner.send(Take(4, 0))
+    between.hear(lambda: between.loop._open)
+    leases = between.grant()
+    assert between.loop._try(between.loop._open, 0.0) is None
+    for lease in leases:
+        between.generator.send(Result(fake_run.result(lease, errors=lease.num_samples)))
+    between.hear(lambda: between.coordinator.hopeless)
+    between.loop._answer(0.0)
+    refused = between.learner.receive(PATIENCE_S, "take")
+    assert refused == Refused(f"{len(leases)} groups in a row failed; the first: 0 valid completions of 4: died")
 
 
 def test_the_record_of_a_checkpoint_is_on_disk_before_the_learner_hears_of_it(

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from engine.config import Deadlines
-from engine.rollouts import Rollouts
-from engine.schema import Evaluated, Evaluation, FromLearner, Score, Stalled, ToLearner
+from engine.rollouts import Hopeless, Rollouts
+from engine.schema import Evaluated, Evaluation, FromLearner, Refused, Score, Stalled, ToLearner
 from engine.stream import Link, Silence
 
 COLLECTIVE_S = 2.0
@@ -95,3 +95,12 @@ def test_silence_says_why_no_generator_samples(capsys: pytest.CaptureFixture[str
     child: Any = mine._child
     assert child.num_dumps == 1
     assert "evaluation 'before' waits: no generator is a member of the job" in capsys.readouterr().out
+
+
+def test_what_the_coordinator_refuses_while_the_job_runs_is_no_mistake_of_the_configuration() -> None:
+    mine = rollouts(0, 1)
+    link = coordinator(mine._link.address, [(0.0, Refused("100 groups in a row failed"))])
+    hear(mine)
+    with pytest.raises(Hopeless, match="^take at version 7: 100 groups in a row failed$"):
+        mine.take(4, 7)
+    link.close()
