@@ -5,7 +5,7 @@ from contextlib import closing
 from itertools import product
 from typing import TYPE_CHECKING
 
-from engine.config import Config, ConfigError, Domain
+from engine.config import Config, ConfigError
 from engine.schema import Prompt
 from rewards.options import Misfit
 from rewards.pool import Limits, Pool
@@ -17,7 +17,7 @@ from rewards.worker import Task
 if TYPE_CHECKING:
     from engine.prompts import Prompts
 
-PROBED = 4  # prompts of a domain whose columns are tried at launch
+PROBED = 4  # prompts of a domain that its reward is tried on at launch
 PROBE = "```text\nleeway\n```"  # a completion that is nothing, and no program
 
 
@@ -41,27 +41,26 @@ def check_rewards(config: Config) -> list[Reward]:
     return rewards
 
 
-def check_judgeable(config: Config, rewards: list[Reward], prompts: "Prompts") -> None:
-    """Raises `ConfigError` for a domain whose reward can judge none of its first prompts: columns of another form, say.
-    A user's own reward, and one that waits, is not tried."""
-
-    def is_tried(domain: Domain, reward: Reward) -> bool:
-        own = [name for name, _ in parts(domain.reward, domain.reward_options) if name not in TABLE]
-        return not own and not waits(reward)
-
-    domains = [domain for domain, reward in zip(config.domains, rewards, strict=True) if is_tried(domain, reward)]
-    if not domains:
-        return
-    with closing(_pool(config, domains)) as pool:  # where a column can neither hang nor fell this process
-        for domain, index in product(domains, range(PROBED)):
+def check_judgeable(config: Config, rewards: list[Reward], prompts: "Prompts") -> list[str]:
+    """Tries each reward on the first prompts of its domain. Raises `ConfigError` where one of `rewards.TABLE` can judge
+    none: columns of another form, say. Of a user's own, and of one that waits, it says so in a line: those may have
+    their reasons, and what they do with real completions the parity check will tell."""
+    with closing(_pool(config)) as pool:  # where a column can neither hang nor fell this process
+        for domain, index in product(config.domains, range(PROBED)):
             pool.submit(domain.name, _task(prompts.prompt(domain.name, index), [PROBE]))
         judged: list[tuple[Hashable, list[Verdict]]] = []
-        while len(judged) < PROBED * len(domains):
+        while len(judged) < PROBED * len(config.domains):
             judged += pool.poll(1.0)
-    for number, domain in enumerate(config.domains):
+    doubts = []
+    for number, (domain, reward) in enumerate(zip(config.domains, rewards, strict=True)):
         errors = [verdict.error for key, [verdict] in judged if key == domain.name]
-        if errors and all(errors):
-            raise ConfigError(f"domains.{number}.reward = {domain.reward!r}: can judge no prompt: {errors[0]}")
+        if not all(errors):
+            continue
+        line = f"domains.{number}.reward = {domain.reward!r}: can judge no prompt: {errors[0]}"
+        if not waits(reward) and all(name in TABLE for name, _ in parts(domain.reward, domain.reward_options)):
+            raise ConfigError(line)
+        doubts.append(line)
+    return doubts
 
 
 def _task(prompt: Prompt, completions: list[str]) -> Task:
@@ -69,8 +68,8 @@ def _task(prompt: Prompt, completions: list[str]) -> Task:
     return Task(prompt.domain, prompt.text, prompt.answer, prompt.fields, completions)
 
 
-def _pool(config: Config, domains: list[Domain]) -> Pool:
-    rewards = {domain.name: (domain.reward, domain.reward_options) for domain in domains}
+def _pool(config: Config) -> Pool:
+    rewards = {domain.name: (domain.reward, domain.reward_options) for domain in config.domains}
     deadlines = config.deadlines
     limits = Limits(deadlines.start_s, deadlines.reward_s, deadlines.judge_s, config.generator.reward_memory_gb)
     return Pool(rewards, config.generator.reward_workers, limits)
@@ -83,7 +82,7 @@ class Scorer:
     """
 
     def __init__(self, config: Config):
-        pool = self.pool = _pool(config, config.domains)
+        pool = self.pool = _pool(config)
         self.fileno, self.poll, self.cancel, self.close = pool.fileno, pool.poll, pool.cancel, pool.close
 
     def submit(self, key: Hashable, prompt: Prompt, completions: list[str]) -> None:

@@ -84,8 +84,12 @@ def _bind(function: Callable[..., Any], options: dict[str, Any]) -> Reward:
 
 
 def _check_takes_fields(reward: Callable[..., Any]) -> None:
-    parameters = inspect.signature(reward).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    signature = inspect.signature(reward)
+    try:
+        signature.bind_partial("prompt", "completion", "answer")
+    except TypeError as error:
+        raise ValueError(f"must take (prompt, completion, answer, **fields): {error}") from error
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
         raise ValueError("must take all fields: (prompt, completion, answer, **fields)")
 
 

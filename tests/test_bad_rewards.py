@@ -24,6 +24,10 @@ class OfClass:
         return 0.0
 
 
+def typo(prompt, completion, answer, **fields) -> float:
+    return float(completion == anwser)  # type: ignore[name-defined]  # noqa: F821
+
+
 def toml(value) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{name} = {toml(each)}" for name, each in value.items()) + " }"
@@ -107,11 +111,14 @@ def test_a_column_that_the_reward_wants(
     assert f"rows.jsonl': row 2: {lacks}, which reward '{wants}' wants; there are 'prompt'" in line, line
 
 
+NOBODY = {"url": "http://127.0.0.1:9/v1", "model": "m", "endpoint": {"retries": 0}}  # a judge that is not there
+
+
 @pytest.mark.parametrize(
     ("reward", "options", "row"),
     [
         ("format", {"pattern": "."}, {}),
-        ("judge", {"url": "http://127.0.0.1:9/v1", "model": "m"}, {"reference": "so"}),
+        ("judge", NOBODY, {"reference": "so"}),
         ("instructions", {}, {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}),
     ],
 )
@@ -146,6 +153,21 @@ def test_a_column_that_takes_for_ever_costs_its_deadline(refusal, tmp_path: Path
 def test_one_row_that_cannot_be_judged_is_no_reason_to_refuse(root: Path, capsys, tmp_path: Path) -> None:
     arguments = file(tmp_path, "math", {"answer": ""}, {"answer": "2"})
     assert launch.main([str(SMALL), f"--run.root={root}", "--dry-run", *arguments]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reward", "options", "why"),
+    [
+        (f"{__name__}:typo", {}, "NameError: name 'anwser' is not defined"),
+        ("judge", NOBODY, "http://127.0.0.1:9/v1/chat/completions: ConnectError"),
+    ],
+)
+def test_a_reward_of_ones_own_or_a_judge_that_fails_is_told_at_launch(
+    root: Path, capsys, tmp_path: Path, reward: str, options: dict, why: str
+) -> None:
+    arguments = file(tmp_path, reward, {"answer": "1"}, **options)
+    assert launch.main([str(SMALL), f"--run.root={root}", "--dry-run", *arguments]) == 0
+    assert f"leeway: domains.0.reward = '{reward}': can judge no prompt: {why}" in capsys.readouterr().err
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------

@@ -16,6 +16,10 @@ def forgetful(prompt, completion, answer):
     return 1.0
 
 
+def of_a_batch(completions, **fields):
+    return [0.0 for _ in completions]
+
+
 async def asked(prompt, completion, answer, *, score=1.0, **fields):
     await asyncio.sleep(0)
     return Verdict(score, False, segments=[Segment(2, score)], costs={"asked": 1.0})
@@ -121,6 +125,7 @@ def test_an_option_wins_over_a_field_of_the_same_name():
         (f"{__name__}:missing", {}, "cannot import"),
         (f"{__name__}:CHAIN", {}, "not a callable"),
         (f"{__name__}:forgetful", {}, "must take all fields"),
+        (f"{__name__}:of_a_batch", {}, r"must take \(prompt, completion, answer, \*\*fields\): too many positional"),
     ],
 )
 def test_what_cannot_be_resolved_says_what_is_allowed(name, options, message):
