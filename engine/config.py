@@ -239,7 +239,7 @@ class Deadlines(Struct):
     evaluate_s: Positive = 3600.0
     reward_s: Positive = 10.0  # one completion's reward
     judge_s: Positive = 600.0  # one that waits for others, a judge on the network say, its turn there included
-    collective_s: Positive = 300.0
+    collective_s: Positive = 300.0  # the learner ranks for each other, once each has its model
     stop_s: Positive = 8.0  # everything, when asked to stop
 
 

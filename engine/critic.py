@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 import torch
 import torch.distributed.checkpoint.state_dict as torch_state
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -241,10 +242,16 @@ def _from_path(config: Config, policy: PreTrainedModel) -> tuple[PreTrainedModel
     except ConfigError as error:
         raise ConfigError(f"critic.path = {config.critic.path!r}: {error}") from error
     inner, head = _from_policy(model)
-    for path in sorted(Path(config.critic.path).glob("*.safetensors")):
+    for path in sorted(_directory(config.critic.path).glob("*.safetensors")) if parallel.rank() == 0 else ():
         with safe_open(path, "pt") as tensors:
             if HEAD in tensors.keys():  # noqa: SIM118  (no mapping)
                 head = tensors.get_tensor(HEAD).to(head.dtype)
     if head.shape != (1, inner.config.get_text_config().hidden_size):
         raise ConfigError(f"critic.path = {config.critic.path!r}: its {HEAD} is of shape {tuple(head.shape)}")
     return inner, head
+
+
+def _directory(path: str) -> Path:
+    """Where the files of a model that was read from `path` lie: in it, or in the hub's cache."""
+    here = Path(path)
+    return here if here.is_dir() else Path(snapshot_download(path, local_files_only=True))

@@ -31,7 +31,7 @@ from engine.learner_loop import Job, Mismatch, learn
 from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
 from engine.optimizer import NonFinite
-from engine.placement import Seat, check_devices, join_learners, rendezvous, seat
+from engine.placement import Seat, check_devices, join_learners, limit_collectives, rendezvous, seat
 from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, answer_with_stacks, die_with_parent
 from engine.prompts import Prompts
 from engine.rollouts import Hopeless
@@ -227,10 +227,11 @@ def learner_rank(
 ) -> None:
     """Learns one run, alone or below `root` as one stage of many. `resume` is rank 0's alone."""
     run, begin = open_run(config, place, stop, resume, store)
-    join_learners(place, store, config.deadlines.collective_s)
+    join_learners(place, store, config.deadlines.prepare_s)
     source = msgspec.structs.replace(config.model, path=str(run.model), init={}) if config.model.init else config.model
     policy = _build(config, source, tokenizer.load(source), empty=place.rank > 0)  # rank 0 gives the others theirs
     job = Job(config, run, place, stop, policy, begin)
+    limit_collectives(config.deadlines.collective_s)  # up to here the others wait for what rank 0 alone reads
     try:
         if store is not None and job.lead:
             store.set(JOIN_KEY, "" if config.placement.trusted else run.key.read_text())

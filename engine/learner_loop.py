@@ -3,6 +3,7 @@ step. Every learner rank runs it alike; rank 0 alone talks to the coordinator, t
 
 import json
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -52,31 +53,41 @@ class Job:
         if resume is not None:
             checkpoint.load(resume, self.learner)
         self.segment = f"{run.name}-{parallel.of_lead([time.time_ns()])[0]:x}"
-        self.publisher = make_publisher(config, self.segment, manifest_of(self.learner.model, config))
-        try:
-            self.rollouts = Rollouts(config, run, seat, stop, self.segment, str(resume or ""))
-        except BaseException:  # a stop at the start included: the segment must not outlive the job
-            self.publisher.close()
-            raise
-        self.rollouts.generators = self.supervisors = self._start_generators()
-        self.rollouts.say = self.say
-        self.progress = Progress(run.name, config.run.steps, live=config.tracking.progress) if self.lead else None
-        self.recorder = metrics.Recorder(config, run.metrics, run.tensorboard) if self.lead else None
+        self.progress: Progress | None = None
+        self.recorder: metrics.Recorder | None = None
         self.pace = metrics.Pace()
         self.exhausted: set[str] = set()  # domains of which it was said that no prompt was left
         self.holds_out = any(domain.eval_prompts or domain.eval_path for domain in config.domains)
+        with ExitStack() as opened:  # whatever fails here, a stop included: neither segment nor child outlives the job
+            manifest = manifest_of(self.learner.model, config)
+            self.publisher = opened.enter_context(closing(make_publisher(config, self.segment, manifest)))
+            rollouts = Rollouts(config, run, seat, stop, self.segment, str(resume or ""))
+            self.rollouts = opened.enter_context(closing(rollouts))
+            self.rollouts.say = self.say
+            self.supervisors = self.rollouts.generators
+            opened.callback(self._stop_generators)
+            self._start_generators()
+            if self.lead:
+                progress = Progress(run.name, config.run.steps, live=config.tracking.progress)
+                self.progress = opened.enter_context(closing(progress))
+                self.recorder = opened.enter_context(closing(metrics.Recorder(config, run.metrics, run.tensorboard)))
+            self._opened = opened.pop_all()
 
-    def _start_generators(self) -> list[Supervisor]:
-        supervisors = []
+    def _start_generators(self) -> None:
         for number in range(self.seat.num_children if self.lead else 0):
             name = f"generator-{number}"
             arguments = [*self.join_arguments, "--name", name]
             log = self.run.logs / f"{name}.log"
             gpus = self.seat.child_gpus[number : number + 1]
             start_s, threads = self.config.deadlines.start_s, self.seat.child_threads
-            supervisors.append(Supervisor(name, "engine.actor_loop", arguments, log, threads, gpus, start_s))
-            supervisors[-1].start()
-        return supervisors
+            self.supervisors.append(Supervisor(name, "engine.actor_loop", arguments, log, threads, gpus, start_s))
+            self.supervisors[-1].start()
+
+    def _stop_generators(self) -> None:
+        for supervisor in self.supervisors:
+            supervisor.ask_to_stop()
+        for supervisor in self.supervisors:
+            supervisor.stop(1.0)
 
     @property
     def join_arguments(self) -> list[str]:
@@ -228,16 +239,7 @@ class Job:
 
     def close(self) -> None:
         """Ends whatever still runs, in an order that leaves nobody waiting; safe to call after any failure."""
-        for supervisor in self.supervisors:
-            supervisor.ask_to_stop()
-        for supervisor in self.supervisors:
-            supervisor.stop(1.0)
-        self.rollouts.close()
-        self.publisher.close()
-        if self.recorder is not None:
-            self.recorder.close()
-        if self.progress is not None:
-            self.progress.close()
+        self._opened.close()
 
 
 def make_publisher(config: Config, segment: str, manifest: Manifest) -> Publisher:
@@ -307,10 +309,10 @@ def learn(job: Job) -> None:
         job.publish()
         spent = {"train_s": published - trained, "publish_s": time.monotonic() - published}
         job.record(taken, waited_s, report | spent)
-        if learner.version == config.run.steps:  # the last one is saved and measured below
-            break
         if learner.version == config.critic.pretrain_steps and learner.critic is not None:
             learner.critic.export(job.run.critic)
+        if learner.version == config.run.steps:  # the last one is saved and measured below
+            break
         if learner.version % config.checkpoint.every == 0:
             job.save()
         if job.holds_out and config.evaluation.every and learner.version % config.evaluation.every == 0:

@@ -52,24 +52,28 @@ def seat(config: Config, environ: Mapping[str, str] = os.environ) -> Seat:
     beside_lead = rank == local_rank  # ranks are numbered host by host
     beside = min(max(0, learners - (rank - local_rank)), local_world)  # learners of this host
     share = max(1, cores() // (local_world + (lead_children if beside_lead else 0)))
-    device = config.learner.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{local_rank}"  # one GPU a rank
     return Seat(
         rank=rank,
         world_size=world,
         local_rank=local_rank,
         num_learners=learners,
         num_children=children,
-        device=device,
+        device=_device(config.learner.device, local_rank, beside),
         threads=config.learner.threads or share,
         child_threads=config.generator.threads or share,
         child_gpus=_gpus(config, beside + (local_rank - beside) * config.generator.gpus, children, environ)
         if rank >= learners
         else _gpus(config, local_world, children, environ),
     )
+
+
+def _device(wanted: str, local_rank: int, beside: int) -> str:
+    """The device of a learner that is one of `beside` on its host: a GPU each."""
+    if wanted.startswith("cuda:") and beside > 1:
+        raise ConfigError(f"learner.device = {wanted!r}: one GPU for {beside} learner ranks; 'cuda' gives each its own")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{local_rank}" if wanted == "cuda" else wanted
 
 
 def _gpus(config: Config, first: int, num: int, environ: Mapping[str, str]) -> list[str]:
@@ -134,3 +138,9 @@ def join_learners(seat: Seat, store: dist.Store | None, timeout_s: float) -> Non
         world_size=seat.num_learners,
         timeout=timedelta(seconds=timeout_s),
     )
+
+
+def limit_collectives(timeout_s: float) -> None:
+    """The deadline of every collective of the learners' group from now on."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))

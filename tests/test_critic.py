@@ -7,13 +7,15 @@ import learning
 import msgspec
 import pytest
 import torch
+from msgspec import structs
 from transformers import AutoModelForSequenceClassification
 
-from engine import checkpoint
+from engine import checkpoint, critic
 from engine.algorithms.method import compose
 from engine.config import Config, ConfigError
 from engine.learner import Learner
 from engine.learner_loop import prepare
+from engine.model import build
 from engine.optimizer import NonFinite
 from engine.schedule import Schedule
 from engine.schema import Group
@@ -129,6 +131,20 @@ def test_an_exported_critic_is_found_by_its_path_and_by_others(tmp_path: Path) -
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic", dtype=torch.float64)
     assert theirs.config.num_labels == 1
     assert torch.equal(theirs.score.weight, values(learner)["score.weight"])
+
+
+def test_a_critic_of_the_hub_has_its_head_out_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward model by its hub id; transformers reads causal language models without that head."""
+    learner = learning.learner(learning.configure(*GAE), tmp_path)
+    step(learning.configure(*GAE), learner)
+    assert learner.critic is not None
+    learner.critic.export(tmp_path)
+    monkeypatch.setattr(critic, "snapshot_download", lambda path, **_: {"org/reward": str(tmp_path)}[path])
+    here = {"path": str(tmp_path)}
+    monkeypatch.setattr(critic, "build", lambda source, **how: build(structs.replace(source, **here), **how))
+    read = learning.learner(learning.configure(*GAE, "critic.path=org/reward"), tmp_path)
+    assert values(read)["score.weight"].any()
+    assert learning.largest_difference(values(learner), values(read)) == 0
 
 
 def test_a_shared_critic_learns_alone_while_the_policy_stands_still_and_is_kept(tmp_path: Path) -> None:

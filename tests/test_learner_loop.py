@@ -1,13 +1,17 @@
 """The loop's course, told to a job that only notes what it is told to do."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import fake_run
 import pytest
+from msgspec import structs
 
+from engine import learner_loop, metrics
 from engine.learner_loop import Job, learn
 from engine.process import Stopped
+from engine.run_directory import RunDirectory
 from engine.schema import Evaluation, State, Taken
 
 EVALUATION = Evaluation("step 1", 1, 1, 0.5, {})
@@ -15,7 +19,8 @@ STATE = State({}, 0, 0, {}, 0, 0.0, 0.0, [EVALUATION])
 
 
 class Learner:
-    version, critic = 0, None
+    version = 0
+    critic: Any = None
 
 
 class Stop:
@@ -27,6 +32,8 @@ class Noting:
     """A job whose takes are those given; `done` is what it was told to do."""
 
     config, holds_out, stop, end_early = fake_run.config(), False, Stop(), Job.end_early
+
+    run = SimpleNamespace(critic="critic")
 
     def __init__(self, *takes: Taken | None):
         self.takes, self.learner = iter(takes), Learner()
@@ -55,6 +62,70 @@ def test_a_run_whose_prompts_are_exhausted_is_saved_and_ends_in_order() -> None:
     learn(job)  # type: ignore[arg-type]
     said = f"none left; the run ends at version 1 of {job.config.run.steps}"
     assert job.done == [*START, "publish", "record", said, "report_evaluation", "save", "evaluate_pinned"]
+
+
+def test_a_run_that_is_the_critics_alone_leaves_the_critic() -> None:
+    """A first run that only makes a critic for those after it."""
+    job = Noting(GROUPS, GROUPS)
+    exported: list[int] = []
+    job.learner.critic = SimpleNamespace(export=lambda path: exported.append(job.learner.version))
+    settings = structs.replace(job.config.critic, pretrain_steps=2)
+    job.config = structs.replace(fake_run.config(steps=2), critic=settings)
+    learn(job)  # type: ignore[arg-type]
+    assert exported == [2] and job.learner.version == 2
+
+
+class Closing:
+    """Something of a job that is to be closed: `order` is what was, in its order."""
+
+    order: list[str] = []
+    address, incarnation = "tcp://nowhere", 0
+
+    def __init__(self, *arguments: Any, **options: Any):
+        self.generators: list[Any] = []
+
+    def start(self) -> None:
+        self.order.append("started")
+
+    def ask_to_stop(self) -> None:
+        self.order.append("asked")
+
+    def stop(self, grace_s: float) -> None:
+        self.order.append("stopped")
+
+    def close(self) -> None:
+        self.order.append(type(self).__name__)
+
+
+class Publisher(Closing):
+    pass
+
+
+class Rollouts(Closing):
+    pass
+
+
+class Progress(Closing):
+    pass
+
+
+def test_a_job_that_fails_at_its_start_closes_what_it_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A tracker that cannot be reached, say: weights in shared memory and children must not outlive the job."""
+
+    def refuse(*arguments: Any) -> None:
+        raise ConnectionError("no tracker")
+
+    fakes = {"Learner": lambda *_, **__: SimpleNamespace(model=None), "manifest_of": lambda *_: None}
+    fakes |= {"Supervisor": Closing, "make_publisher": Publisher, "Rollouts": Rollouts, "Progress": Progress}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(learner_loop, name, fake)
+    monkeypatch.setattr(metrics, "Recorder", refuse)
+    monkeypatch.setattr(Closing, "order", [])
+    seat = SimpleNamespace(rank=0, num_children=1, device="cpu", child_gpus=[], child_threads=1)
+    run = RunDirectory(tmp_path)
+    with pytest.raises(ConnectionError):
+        Job(fake_run.config(), run, seat, Stop(), None, None)  # type: ignore[arg-type]
+    assert Closing.order == ["started", "Progress", "asked", "stopped", "Rollouts", "Publisher"]
 
 
 def test_a_stopped_run_is_saved() -> None:

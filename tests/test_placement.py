@@ -1,15 +1,20 @@
 """Who does what: roles, generator children and threads for one rank, several ranks and several hosts."""
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 
 import learning
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
 
 from engine import placement
 from engine.config import ConfigError
-from engine.placement import Seat, join_learners, rendezvous, seat
+from engine.placement import Seat, join_learners, limit_collectives, rendezvous, seat
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +113,13 @@ def test_each_rank_has_the_device_of_its_place_on_the_host(monkeypatch: pytest.M
     assert [each.device for each in seats(2, 2)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
 
 
+def test_several_learners_of_a_host_are_not_given_one_gpu() -> None:
+    message = "learner.device = 'cuda:0': one GPU for 2 learner ranks; 'cuda' gives each its own"
+    with pytest.raises(ConfigError, match=message):
+        seats(3, overrides=("learner.device=cuda:0",))
+    assert [each.device for each in seats(2, overrides=("learner.device=cuda:0",))] == ["cuda:0"] * 2  # one learns
+
+
 @pytest.mark.parametrize("learners", [-1, 3])
 def test_learners_must_fit_the_ranks(learners: int) -> None:
     with pytest.raises(ConfigError, match=rf"placement.learners = {learners}: must be between 1 and .* 2$"):
@@ -133,3 +145,29 @@ def test_ranks_meet_in_one_store(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first is not None and second is not None
     first.set("run", "here")
     assert second.get("run") == b"here"
+
+
+COLLECTIVE_S, PREPARE_S = 0.5, 60.0
+
+
+def _on_rank(rank: int, folder: str) -> None:
+    store = dist.FileStore(f"{folder}/store", 2)
+    seat = Seat(rank, 2, rank, num_learners=2, num_children=0, device="cpu", threads=1, child_threads=1)
+    join_learners(seat, store, PREPARE_S)
+    if rank == 0:
+        time.sleep(4 * COLLECTIVE_S)  # reads its model
+    count = torch.ones(1)
+    dist.all_reduce(count)
+    limit_collectives(COLLECTIVE_S)
+    if rank == 0:
+        store.wait(["late"], timedelta(seconds=PREPARE_S))
+        Path(folder, "count").write_text(str(count.item()))
+    else:
+        with pytest.raises(RuntimeError):  # rank 0 never comes
+            dist.all_reduce(count)
+        store.set("late", "")
+
+
+def test_rank_0_may_prepare_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+    start_processes(_on_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    assert (tmp_path / "count").read_text() == "2.0"
