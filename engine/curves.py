@@ -161,4 +161,7 @@ PANELS: tuple[tuple[str, str, Panel], ...] = (
     ("Off-policy correction", "share", lines("effective_sample_size", "clipped", "rejected", scale="share")),
     ("Policy against behaviour", "nats a token", lines("drift", "mismatch", "kl", scale="log")),
     ("Completions", "tokens", lines(length="mean", length_max="longest")),
+    ("Completions cut off at the limit", "share", lines("truncated", scale="share")),
+    ("Entropy of the policy", "nats a token", lines("entropy")),
+    ("Gradient norm before clipping", "norm", lines("grad_norm", scale="log")),
 )

@@ -10,6 +10,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 LINE_EVERY_S = 10.0
+POLICY = ("entropy", "drift", "grad_norm")  # figures of the policy, where a step has them
+TROUBLES = {  # figures that are worth a word where they are not 0
+    "num_invalid": "completions beyond judgement",
+    "num_stale_tokens": "tokens too old to train on",
+    "skipped_updates": "updates skipped, not finite",
+}
 
 
 class Progress:
@@ -92,16 +98,22 @@ class Progress:
     def figures(self) -> dict[str, str]:
         """The last step's figures in words, by what they are of."""
         row = self._record
-        return {
+        policy = [f"{name.replace('_', ' ')} {row[name]:.2g}" for name in POLICY if name in row]
+        troubles = [f"{row[name]:,} {what}" for name, what in TROUBLES.items() if row.get(name)]
+        figures = {
             "reward": f"reward {row['reward']:.3f}",
             "accuracy": f"accuracy {row['accuracy']:.1%}",
+            "length": f"length {row['length']:,.0f} ({row['truncated']:.0%} cut off)",
+            "policy": f"policy {', '.join(policy)}" if policy else "",
             "staleness": f"staleness {row['staleness']:.2f} (in flight {row['staleness_in_flight']:.2f}, in queue "
             f"{row['staleness_in_queue']:.2f}, max {row['staleness_max']})",
             "tokens/s": f"tokens/s {row['generated_tokens_per_s']:,.0f} generated, "
             f"{row['trained_tokens_per_s']:,.0f} trained",
             "idle": f"idle {row['generator_idle']:.0%} generators, {row['learner_idle']:.0%} learner",
             "left": f"left {duration(self._left_s())}",
+            "trouble": f"trouble {', '.join(troubles)}" if troubles else "",
         }
+        return {name: text for name, text in figures.items() if text}
 
     def _left_s(self) -> float:
         """Seconds that the steps to come take at the pace of those since `begin`."""

@@ -18,9 +18,14 @@ from engine.run_directory import RunDirectory
 from engine.summary import records
 
 NUM_SLOWEST = 3  # steps shown
+NUM_ERRORS = 5  # likewise, the most frequent ones
 WIDTH = 110  # where the output is no terminal
 
 ENDS = "SELECT state, coalesce(reason, ''), count(*) FROM groups GROUP BY 1, 2 ORDER BY 3 DESC"
+ERRORS = """
+SELECT domain, error, count(*) FROM completions JOIN groups USING (group_id) WHERE error != ''
+GROUP BY 1, 2 ORDER BY 3 DESC LIMIT ?
+"""
 UPDATES = """
 SELECT count(*), avg(json_extract(detail, '$.stage_s')), avg(json_extract(detail, '$.pause_s')),
        max(json_extract(detail, '$.pause_s')) FROM events WHERE event = 'applied'
@@ -46,6 +51,12 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
 
 def groups_by_end(ledger: sqlite3.Connection) -> Table:
     return table("Groups by end", ("end or state", "reason", "groups"), ledger.execute(ENDS))
+
+
+def beyond_judgement(ledger: sqlite3.Connection) -> Table:
+    """Why completions got no verdict."""
+    rows = ledger.execute(ERRORS, (NUM_ERRORS,)).fetchall()
+    return table("Completions beyond judgement", ("domain", "error", "completions"), rows)
 
 
 def groups_by_stage(ledger: sqlite3.Connection) -> Table:
@@ -131,6 +142,9 @@ def report(run: RunDirectory, out: Path, console: Console) -> None:
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     with contextlib.closing(sqlite3.connect(f"{run.ledger.as_uri()}?mode=ro", uri=True)) as ledger:
         console.print(groups_by_end(ledger), groups_by_stage(ledger), weight_updates(ledger))
+        errors = beyond_judgement(ledger)
+    if errors.rows:
+        console.print(errors)
     if evaluations:
         console.print(evaluated(evaluations))
     if steps:

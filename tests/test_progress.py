@@ -12,6 +12,10 @@ ROW = {
     "step": 3,
     "reward": 0.4142,
     "accuracy": 0.375,
+    "length": 311.6,
+    "truncated": 0.044,
+    "drift": 0.0061,
+    "grad_norm": 0.3125,
     "staleness": 1.818,
     "staleness_max": 2,
     "staleness_in_flight": 1.244,
@@ -46,7 +50,8 @@ def test_a_step_is_one_line_in_a_file_however_narrow() -> None:
     clock.now_s += 30.0
     progress.step(row(3))
     assert out.getvalue() == (
-        "step 3/10  reward 0.414  accuracy 37.5%  staleness 1.82 (in flight 1.24, in queue 0.57, max 2)  "
+        "step 3/10  reward 0.414  accuracy 37.5%  length 312 (4% cut off)  "
+        "policy drift 0.0061, grad norm 0.31  staleness 1.82 (in flight 1.24, in queue 0.57, max 2)  "
         "tokens/s 2,335 generated, 825 trained  idle 1% generators, 36% learner  left 1 min 45 s\n"
     )  # 15 s a step since the first, seven to come
 
@@ -93,6 +98,8 @@ def test_table_shows_every_figure() -> None:
     assert lines[2:] == [
         ["reward", "0.414"],
         ["accuracy", "37.5%"],
+        "length 312 (4% cut off)".split(),
+        "policy drift 0.0061, grad norm 0.31".split(),
         "staleness 1.82 (in flight 1.24, in queue 0.57, max 2)".split(),
         "tokens/s 2,335 generated, 825 trained".split(),
         "idle 1% generators, 36% learner".split(),
@@ -100,6 +107,15 @@ def test_table_shows_every_figure() -> None:
         "bottleneck generation is the bottleneck: add generators or slots".split(),
         "held out sum 30% ± 2%".split(),
     ]
+
+
+def test_what_goes_wrong_in_a_step_is_a_line_of_its_own() -> None:
+    progress, _, _ = in_file()
+    progress.step(row(3, num_invalid=12, num_stale_tokens=0, skipped_updates=1))
+    told = "trouble 12 completions beyond judgement, 1 updates skipped, not finite"
+    assert told.split() in shown(progress)
+    progress.step(row(4, num_invalid=0))
+    assert not any(line[0] == "trouble" for line in shown(progress))
 
 
 def test_table_before_the_first_step_of_a_resume_shows_where_it_starts() -> None:

@@ -65,7 +65,7 @@ def run_of(directory: Path, rows: list[dict[str, Any]], torn: str = "") -> Path:
             ledger.leased(lease, "g")
         for lease, arrival_s in zip(leases[:2], (2.0, 4.0), strict=True):
             now_s[0] = arrival_s
-            ledger.arrived(fake_run.result(lease))
+            ledger.arrived(fake_run.result(lease, errors=lease.group_id))
         now_s[0] = 6.0
         ledger.taken(1, [0, 1], [])
         ledger.ended(0, "trained")
@@ -124,6 +124,7 @@ def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "trained 1",
         "failed non-finite update 1",
         "leased 1",
+        "a died 1",
         "sampled and scored 2 3.00 4.00",
         "waiting to be taken 2 3.00 4.00",
         "trained 2 0.50 1.00",
