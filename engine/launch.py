@@ -242,7 +242,8 @@ def learner_rank(
         if store is not None and job.lead:
             store.set(DONE_KEY, "")
     except Stopped as error:
-        raise Stopped(f"{error} at version {job.learner.version}; continue with --resume {root or run.path}") from error
+        again = f"--resume {shlex.quote(str(root or run.path))}"
+        raise Stopped(f"{error} at version {job.learner.version}; continue with {again}") from error
     finally:
         job.close()
     if dist.is_initialized():

@@ -2,6 +2,7 @@
 step. Every learner rank runs it alike; rank 0 alone talks to the coordinator, the generators and the user."""
 
 import json
+import shlex
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -235,7 +236,7 @@ class Job:
         )
         for name, text in {"run": self.run.path, "model": self.run.export}.items():
             self.progress.say(f"{name:<8} {text}")
-        self.progress.say(f"report   python -m engine.report {self.run.path}")
+        self.progress.say(f"report   {shlex.join(['python', '-m', 'engine.report', str(self.run.path)])}")
 
     def close(self) -> None:
         """Ends whatever still runs, in an order that leaves nobody waiting; safe to call after any failure."""

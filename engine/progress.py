@@ -39,7 +39,8 @@ class Progress:
         self._first_step = 0
         self._started_s = clock()
         self._next_line_s = self._started_s
-        self._live = Live(console=self._console, refresh_per_second=4) if live and self._console.is_terminal else None
+        drawn = live and self._console.is_terminal and not self._console.is_dumb_terminal  # where `Live` shows nothing
+        self._live = Live(console=self._console, refresh_per_second=4) if drawn else None
         if self._live:
             self._live.start()
 

@@ -297,6 +297,11 @@ def test_resume_may_change_steps_intervals_and_budgets(run: Path, capsys: pytest
     assert (run / "config.toml").read_bytes() == before
 
 
+def test_resume_of_a_run_that_can_only_be_read(refusal, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run)
+    assert refusal(f"--resume={run}") == f"--resume = '{run}': cannot make anything in {run}"
+
+
 def test_resume_of_no_run(refusal, tmp_path: Path) -> None:
     line = refusal(f"--resume={tmp_path}/none")
     assert line == f"--resume = {tmp_path}/none: no run directory (it has no config.toml)"

@@ -137,6 +137,19 @@ def test_terminal_has_the_live_table_where_wanted(live: bool) -> None:
     assert "2,335 generated" in out.getvalue()
 
 
+def test_a_terminal_that_cannot_draw_has_lines() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=400, _environ={"TERM": "dumb"})
+    progress = Progress("run", 10, live=True, console=console)
+    progress.phase("evaluation 'before'")
+    progress.begin(0)
+    progress.step(row(3))
+    assert [line.partition("  ")[0] for line in out.getvalue().splitlines()] == [
+        "leeway: evaluation 'before'",
+        "step 3/10",
+    ]
+
+
 @pytest.mark.parametrize(
     "seconds, text", [(0.0, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (125.0, "2 min 5 s"), (7260.0, "2 h 1 min")]
 )
