@@ -9,6 +9,7 @@ import random
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,7 +66,7 @@ class Mould:
         """Raises `Unfit`, or `ValueError` for a row without a prompt or a column that the reward wants, or with a field
         that cannot travel."""
         _check_row(row, self._wanted)
-        domain, variables = self._domain, self._model.chat_template_kwargs
+        domain, variables = self._domain, self._model.chat_template_kwargs | schemas(row)
         text = tokenizers.render(self._tokenizer, row["prompt"], domain.template, domain.system, variables)
         token_ids = tokenizers.encode(self._tokenizer, text)
         if not 0 < len(token_ids) < self._model.context:
@@ -78,6 +79,16 @@ class Mould:
             raise ValueError(f"a field cannot travel: {error}") from error
         answer = row.get("answer")
         return Prompt(domain.name, index, token_ids, text, "" if answer is None else str(answer), fields)
+
+
+def schemas(row: Row) -> dict[str, Any]:
+    """The row's `tools`, where these are schemas of functions or the same as JSON, as a variable of chat templates."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        with suppress(msgspec.DecodeError):
+            tools = msgspec.json.decode(tools)
+    listed = isinstance(tools, list) and len(tools) > 0 and all(isinstance(each, dict) for each in tools)
+    return {"tools": tools} if listed else {}
 
 
 def _check_row(row: Row, columns: Wanted) -> None:

@@ -165,6 +165,17 @@ def test_a_prompt_of_a_file(tokenizer, tmp_path):
     assert tokenizers.decode(tokenizer, prompt.token_ids) == "Q: 1+1 ="
 
 
+@pytest.mark.parametrize(
+    ("tools", "shown"),
+    [([{"name": "f"}], "f"), ('[{"name": "f"}, {"name": "g"}]', "fg"), (["f"], ""), ("f", ""), ([], ""), (None, "")],
+)
+def test_schemas_of_tools_reach_the_chat_template(tools, shown, tmp_path):
+    tokenizer = tokenizers.make(configs.Tokenizer(alphabet=CHARACTERS))
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}{{ messages[0].content }}"
+    domain = rows(tmp_path / "a.jsonl", [{"prompt": "1", "answer": "1", "tools": tools}])
+    assert Prompts(make([domain]), tokenizer).prompt("file", 0).text == f"{shown}1"
+
+
 def test_parquet_reads_as_jsonl(tokenizer, tmp_path):
     some = [{"prompt": f"{n}?", "answer": str(n), "tags": ["x", str(n)]} for n in range(5)]
     parquet.write_table(pyarrow.Table.from_pylist(some), tmp_path / "a.parquet")
