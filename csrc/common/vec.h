@@ -78,11 +78,12 @@ LEEWAY_INLINE float greatest(F x) {
 // kLanes numbers as they are stored, and as floats.
 LEEWAY_INLINE F stored(F x, float) { return x; }
 LEEWAY_INLINE H stored(F x, F16) { return to_f16(x); }
-LEEWAY_INLINE H stored(F x, Bf16) {
+LEEWAY_INLINE U bf16_bits(F x) {
   const U b = bits<U>(x);
   const U rounded = b + 0x7fff + (b >> 16 & 1);
-  return narrow((x != x ? b | 0x400000 : rounded) >> 16);
+  return (x != x ? b | 0x400000 : rounded) >> 16;
 }
+LEEWAY_INLINE H stored(F x, Bf16) { return narrow(bf16_bits(x)); }
 
 LEEWAY_INLINE F load(const float* from) {
   F x;

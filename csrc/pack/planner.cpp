@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -96,8 +97,9 @@ class Tournament {
  public:
   static constexpr T kOut = std::numeric_limits<T>::lowest();
 
-  Tournament(size_t num_bins, T value) : size_(std::bit_ceil(std::max<size_t>(num_bins, 1))), greatest_(2 * size_, kOut) {
-    std::fill_n(greatest_.begin() + size_, num_bins, value);
+  explicit Tournament(const std::vector<T>& values)
+      : size_(std::bit_ceil(std::max<size_t>(values.size(), 1))), greatest_(2 * size_, kOut) {
+    std::copy(values.begin(), values.end(), greatest_.begin() + size_);
     for (size_t node = size_ - 1; node > 0; --node) {
       greatest_[node] = std::max(greatest_[2 * node], greatest_[2 * node + 1]);
     }
@@ -139,11 +141,17 @@ size_t most_bins(std::span<const int64_t> cost, int64_t budget) {
 std::pair<Bins, int32_t> first_fit(const Order& order, std::span<const int64_t> cost, int64_t budget) {
   Bins bin(cost.size());
   int32_t opened = 0;
-  Tournament<int64_t> room(most_bins(cost, budget), budget);
-  for (int32_t unit : order) {
-    bin[unit] = room.first(cost[unit]);
-    room.set(bin[unit], room[bin[unit]] - cost[unit]);
-    opened = std::max(opened, bin[unit] + 1);
+  std::vector<int64_t> rooms(most_bins(cost, budget), budget);
+  auto unit = order.begin();
+  for (; unit != order.end() && cost[*unit] > budget - cost[*unit]; ++unit) {  // no two of these fit into one
+    bin[*unit] = opened;
+    rooms[opened++] -= cost[*unit];
+  }
+  Tournament<int64_t> room(rooms);
+  for (; unit != order.end(); ++unit) {
+    const int32_t b = bin[*unit] = room.first(cost[*unit]);
+    room.set(b, room[b] - cost[*unit]);
+    opened = std::max(opened, b + 1);
   }
   return {bin, opened};
 }
@@ -155,11 +163,18 @@ std::pair<Bins, int32_t> first_fit(const Order& order, std::span<const int64_t> 
 bool level(const Order& order, std::span<const int64_t> cost, std::span<const double> work, int64_t budget,
            int32_t num_bins, Bins& bin) {
   std::vector<int64_t> room(num_bins, budget);
-  std::vector<double> load(num_bins, 0.0);
-  Tournament<double> lightest(num_bins, 0.0);  // -load
+  std::vector<double> lightness(num_bins, 0.0);  // -load
+  const auto put = [&](int32_t unit, int32_t b) {
+    bin[unit] = b;
+    room[b] -= cost[unit];
+    lightness[b] -= work[unit];
+  };
+  auto unit = order.begin();
+  for (int32_t b = 0; b < num_bins && unit != order.end(); ++b) put(*unit++, b);
+  Tournament<double> lightest(lightness);
   std::vector<int32_t> wakes(order.size(), kNone), wakes_too(num_bins, kNone);  // lists of bins, by place in `order`
-  for (auto unit = order.begin(); unit != order.end(); ++unit) {
-    for (int32_t b = wakes[unit - order.begin()]; b != kNone; b = wakes_too[b]) lightest.set(b, -load[b]);
+  for (; unit != order.end(); ++unit) {
+    for (int32_t b = wakes[unit - order.begin()]; b != kNone; b = wakes_too[b]) lightest.set(b, lightness[b]);
     int32_t b;
     while (room[b = lightest.winner()] < cost[*unit]) {
       if (lightest.greatest() == lightest.kOut) return false;
@@ -167,10 +182,8 @@ bool level(const Order& order, std::span<const int64_t> cost, std::span<const do
       const auto held = std::partition_point(unit, order.end(), [&](int32_t u) { return cost[u] > room[b]; });
       if (held != order.end()) wakes_too[b] = std::exchange(wakes[held - order.begin()], b);
     }
-    bin[*unit] = b;
-    room[b] -= cost[*unit];
-    load[b] += work[*unit];
-    lightest.set(b, -load[b]);
+    put(*unit, b);
+    lightest.set(b, lightness[b]);
   }
   return true;
 }
@@ -181,16 +194,18 @@ class Refinement {
   Refinement(const Order& by_work, std::span<const int64_t> cost, std::span<const double> work, int64_t budget,
              int32_t num_bins, Bins& bin)
       : cost_(cost), work_(work), bin_(bin), bins_(num_bins, Bin{0.0, budget, 0, kNone}), next_(bin.size()),
-        heaviest_(num_bins, 0.0), lightest_(num_bins, 0.0) {
+        heaviest_({}), lightest_({}) {
     for (auto unit = by_work.rbegin(); unit != by_work.rend(); ++unit) add(*unit, bin[*unit]);
+    std::vector<double> load(num_bins);
+    std::transform(bins_.begin(), bins_.end(), load.begin(), [](const Bin& b) { return b.load; });
+    heaviest_ = Tournament<double>(load);
+    std::transform(load.begin(), load.end(), load.begin(), std::negate<>());
+    lightest_ = Tournament<double>(load);
   }
 
   void run() {
     double total = 0.0;
-    for (size_t b = 0; b < bins_.size(); ++b) {
-      total += bins_[b].load;
-      rank(static_cast<int32_t>(b));
-    }
+    for (const Bin& bin : bins_) total += bin.load;
     for (size_t num_left = bins_.size(); num_left > 0;) {
       const int32_t heavy = heaviest_.winner();
       if (bins_[heavy].load <= total / static_cast<double>(num_left) * (1 + kTolerance)) return;

@@ -1,7 +1,8 @@
 // The passes over a bucket's blocks, in the instruction set of the file that includes this.
 //
-// A block is made piece by piece: `fill` casts what belongs there into a buffer that stays in the first-level cache,
-// from which a second loop sums it and writes it past the cache, or compares it with what the bucket holds.
+// A block is made piece by piece, and each vector of a piece summed and written past the cache, or compared with what
+// the bucket holds, as soon as it is there. Where one tensor fills a piece, vectors are copied or rounded to bf16 on the
+// way; other pieces `fill` makes before, in a buffer that stays in the first-level cache.
 #pragma once
 
 #include "cpu_vec.h"
@@ -9,35 +10,68 @@
 namespace leeway::LEEWAY_ISA {
 namespace {
 
-constexpr int64_t kPieceBytes = 2048;
+constexpr int64_t kPieceBytes = 4096;
+constexpr int64_t kSumBytes = 131072;
+constexpr int64_t kAhead = 6144;  // bytes that are asked for early: the processor's own prefetch ends with each page.
+                                  // No multiple of a page, of which the cache holds few lines at the same place.
 
-// Calls visit(byte, words) for every whole vector of `num_bytes` bytes, and rest(byte, size) for each word after them,
-// the last one of up to 8 bytes. Their sum, the first byte standing at `position`.
-template <typename Visit, typename Rest>
-LEEWAY_INLINE uint64_t sum_words(const uint8_t* from, int64_t num_bytes, int64_t position, Visit visit, Rest rest) {
-  uint64_t keys[2 * kWords];
-  for (int i = 0; i < 2 * kWords; ++i) keys[i] = key_of(position / 8 + i);
-  W key[2], total[2]{};  // two chains keep the multipliers busy
-  memcpy(key, keys, sizeof key);
-  int64_t at = 0;
-  const auto step = [&](int chain) __attribute__((always_inline)) {
-    const W words = load_words(from + at);
-    visit(at, words);
-    total[chain] += mix(words, key[chain]);
-    key[chain] += 2 * kWords * kKeyStep;
-    at += sizeof(W);
-  };
-  while (at + int64_t(2 * sizeof(W)) <= num_bytes) {
-    step(0);
-    step(1);
+// Where a piece's words come from.
+struct Bytes {
+  const uint8_t* from;
+  __attribute__((always_inline)) W words(int64_t byte) const {
+    __builtin_prefetch(from + byte + kAhead);
+    return load_words(from + byte);
   }
-  if (at + int64_t(sizeof(W)) <= num_bytes) step(0);
+  uint64_t tail(int64_t byte, int64_t size) const { return load_tail(from + byte, size); }
+};
+
+struct Rounded {  // to bf16
+  const float* from;
+  __attribute__((always_inline)) W words(int64_t byte) const {
+    const float* two = from + byte / 2;
+    __builtin_prefetch(two + kAhead / 4);
+    return joined(bf16_bits(load(two)), bf16_bits(load(two + kLanes)));
+  }
+  uint64_t tail(int64_t byte, int64_t size) const {
+    Bf16 units[4]{};
+    for (int64_t i = 0; i < size / 2; ++i) from_float(from[byte / 2 + i], units[i]);
+    return load_word(units);
+  }
+};
+
+// Calls visit(half, byte, words) for every whole vector of a piece's `num_bytes` bytes, and rest(byte, size, word) for
+// each word after them, the last one of up to 8 bytes. Their sum, the first byte standing at `position`.
+//
+// The two halves are read side by side: that keeps the multipliers busy, and more lines on their way from memory.
+template <typename Source, typename Visit, typename Rest>
+LEEWAY_INLINE uint64_t sum_words(Source source, int64_t num_bytes, int64_t position, Visit visit, Rest rest) {
+  const int64_t middle = num_bytes / (2 * sizeof(W)) * sizeof(W);
+  uint64_t keys[2][kWords];
+  for (int i = 0; i < kWords; ++i) {
+    keys[0][i] = key_of(position / 8 + i);
+    keys[1][i] = key_of((position + middle) / 8 + i);
+  }
+  W key[2], total[2]{};
+  memcpy(key, keys, sizeof key);
+  const auto step = [&](int half, int64_t at) __attribute__((always_inline)) {
+    const W words = source.words(at);
+    visit(half, at, words);
+    total[half] += mix(words, key[half]);
+    key[half] += kWords * kKeyStep;
+  };
+  int64_t at = 0;
+  for (; at < middle; at += sizeof(W)) {
+    step(0, at);
+    step(1, middle + at);
+  }
+  for (at *= 2; at + int64_t(sizeof(W)) <= num_bytes; at += sizeof(W)) step(1, at);
   uint64_t sum = 0;
   for (int i = 0; i < kWords; ++i) sum += total[0][i] + total[1][i];
   for (; at < num_bytes; at += 8) {
-    const int64_t size = num_bytes - at < 8 ? num_bytes - at : 8;
-    rest(at, size);
-    sum += leeway::mix(load_tail(from + at, size), key_of((position + at) / 8));
+    const int64_t size = least(8, num_bytes - at);
+    const uint64_t word = source.tail(at, size);
+    rest(at, size, word);
+    sum += leeway::mix(word, key_of((position + at) / 8));
   }
   return sum;
 }
@@ -116,7 +150,7 @@ void fill(const LeewayBucket& bucket, int64_t& index, int64_t at, int64_t end, u
   }
 }
 
-// Calls piece(at, bytes, size) for the pieces of blocks [begin, end), in order.
+// Calls piece(at, size, source) for the pieces of blocks [begin, end), in order.
 template <typename Piece>
 LEEWAY_INLINE void each_piece(const LeewayBucket& bucket, int64_t begin, int64_t end, Piece piece) {
   alignas(64) uint8_t bytes[kPieceBytes];
@@ -124,8 +158,15 @@ LEEWAY_INLINE void each_piece(const LeewayBucket& bucket, int64_t begin, int64_t
   int64_t index = find_placed(bucket.tensors, bucket.num_tensors, begin * LEEWAY_BLOCK_BYTES, &LeewayPlaced::begin);
   for (int64_t at = begin * LEEWAY_BLOCK_BYTES; at < last; at += kPieceBytes) {
     const int64_t size = least(kPieceBytes, last - at);
-    fill(bucket, index, at, at + size, bytes);
-    piece(at, bytes, size);
+    const LeewayPlaced* whole = index >= 0 && at + size <= bucket.tensors[index].end ? &bucket.tensors[index] : nullptr;
+    if (whole && whole->format == LEEWAY_AS_IS) {
+      piece(at, size, Bytes{static_cast<const uint8_t*>(whole->data) + at - whole->begin});
+    } else if (whole && whole->format == LEEWAY_TO_BF16 && whole->type == LEEWAY_F32) {
+      piece(at, size, Rounded{static_cast<const float*>(whole->data) + (at - whole->begin) / 2});
+    } else {
+      fill(bucket, index, at, at + size, bytes);
+      piece(at, size, Bytes{bytes});
+    }
   }
 }
 
@@ -136,13 +177,13 @@ LEEWAY_INLINE void stream_words(uint8_t* to, W words) { stream(reinterpret_cast<
 uint64_t flatten(const LeewayBucket* bucket, int64_t begin, int64_t end) {
   const bool aligned = reinterpret_cast<uintptr_t>(bucket->bytes) % sizeof(W) == 0;
   uint64_t sum = 0;
-  each_piece(*bucket, begin, end, [&](int64_t at, const uint8_t* bytes, int64_t size) {
+  each_piece(*bucket, begin, end, [&](int64_t at, int64_t size, auto source) {
     uint8_t* to = bucket->bytes + at;
-    const auto past_cache = [&](int64_t i, W words) { stream_words(to + i, words); };
-    const auto plainly = [&](int64_t i, W words) { memcpy(to + i, &words, sizeof words); };
-    const auto rest = [&](int64_t i, int64_t count) { memcpy(to + i, bytes + i, count); };
-    sum += aligned ? sum_words(bytes, size, bucket->position + at, past_cache, rest)
-                   : sum_words(bytes, size, bucket->position + at, plainly, rest);
+    const auto past_cache = [&](int, int64_t i, W words) { stream_words(to + i, words); };
+    const auto plainly = [&](int, int64_t i, W words) { memcpy(to + i, &words, sizeof words); };
+    const auto rest = [&](int64_t i, int64_t count, uint64_t word) { memcpy(to + i, &word, count); };
+    sum += aligned ? sum_words(source, size, bucket->position + at, past_cache, rest)
+                   : sum_words(source, size, bucket->position + at, plainly, rest);
   });
   fence();
   return sum;
@@ -158,33 +199,37 @@ uint64_t delta(const LeewayBucket* bucket, int64_t begin, int64_t end, uint32_t*
   uint64_t sum = 0;
   for (int64_t block = begin; block < end; ++block) {
     int64_t count = 0;
-    each_piece(*bucket, block, block + 1, [&](int64_t at, const uint8_t* bytes, int64_t size) {
+    each_piece(*bucket, block, block + 1, [&](int64_t at, int64_t size, auto source) {
       uint8_t* shadow = bucket->bytes + at;
       // Where units differ is listed without a branch, which would be mispredicted at every change, and told afterwards.
-      Difference found[kPieceBytes / 8];
-      int64_t num = 0;
-      const auto list = [&](int64_t i, uint32_t mask) {
-        found[num] = {uint32_t(i), mask};
-        num += mask != 0;
+      Difference found[2][kPieceBytes / 16];
+      int64_t num[2]{};
+      alignas(64) uint8_t bytes[kPieceBytes];
+      const auto list = [&](int half, int64_t i, uint32_t mask) {
+        found[half][num[half]] = {uint32_t(i), mask};
+        num[half] += mask != 0;
       };
-      const auto vector = [&](int64_t i, W words) {
-        __builtin_prefetch(shadow + i + kPieceBytes);
-        list(i, differing(words, load_words(shadow + i)));
+      const auto vector = [&](int half, int64_t i, W words) {
+        memcpy(bytes + i, &words, sizeof words);
+        list(half, i, differing(words, Bytes{shadow}.words(i)));
       };
-      const auto rest = [&](int64_t i, int64_t size) {
+      const auto rest = [&](int64_t i, int64_t size, uint64_t word) {
+        const uint64_t difference = word ^ load_tail(shadow + i, size);
         uint32_t mask = 0;
-        for (int64_t j = 0; j < size; j += 2) mask |= uint32_t(memcmp(shadow + i + j, bytes + i + j, 2) != 0) << j / 2;
-        list(i, mask);
+        for (int j = 0; j < 4; ++j) mask |= uint32_t((difference >> 16 * j & 0xffff) != 0) << j;
+        memcpy(bytes + i, &word, size);
+        list(1, i, mask);
       };
-      sum += sum_words(bytes, size, bucket->position + at, vector, rest);
-      for (int64_t k = 0; k < num; ++k) {
-        for (uint32_t mask = found[k].mask; mask != 0; mask &= mask - 1) {
-          const int64_t byte = found[k].byte + 2 * __builtin_ctz(mask);
+      sum += sum_words(source, size, bucket->position + at, vector, rest);
+      const auto tell = [&](Difference difference) {
+        for (uint32_t mask = difference.mask; mask != 0; mask &= mask - 1) {
+          const int64_t byte = difference.byte + 2 * __builtin_ctz(mask);
           offsets[count] = uint16_t((at + byte) % LEEWAY_BLOCK_BYTES / 2);
           memcpy(&values[count++], bytes + byte, 2);
           memcpy(shadow + byte, bytes + byte, 2);
         }
-      }
+      };
+      for (int half = 0; half < 2; ++half) for (int64_t k = 0; k < num[half]; ++k) tell(found[half][k]);
     });
     counts[block - begin] = uint32_t(count);
     offsets += count;
@@ -194,8 +239,13 @@ uint64_t delta(const LeewayBucket* bucket, int64_t begin, int64_t end, uint32_t*
 }
 
 uint64_t checksum(const void* bytes, int64_t num_bytes, int64_t position) {
-  const auto nothing = [](int64_t, auto) {};
-  return sum_words(static_cast<const uint8_t*>(bytes), num_bytes, position, nothing, nothing);
+  const auto nothing = [](auto...) {};
+  uint64_t sum = 0;
+  for (int64_t at = 0; at < num_bytes; at += kSumBytes) {
+    const Bytes source{static_cast<const uint8_t*>(bytes) + at};
+    sum += sum_words(source, least(kSumBytes, num_bytes - at), position + at, nothing, nothing);
+  }
+  return sum;
 }
 
 template <typename From>

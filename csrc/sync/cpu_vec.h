@@ -8,12 +8,26 @@ namespace leeway::LEEWAY_ISA {
 typedef uint64_t W __attribute__((vector_size(4 * kLanes)));
 constexpr int64_t kWords = kLanes / 2;
 
-// `differing`: one bit for each unit of 2 bytes, the first the lowest.
+LEEWAY_INLINE W load_words(const uint8_t* from) {
+  W x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// `differing`: one bit for each unit of 2 bytes, the first the lowest. `joined`: the low halves of all numbers of `a`,
+// then of `b`, which are below 65,536.
 #if LEEWAY_X86 == 16
+LEEWAY_INLINE W joined(U a, U b) {
+  return bits<W>(_mm512_inserti64x4(_mm512_castsi256_si512(bits<__m256i>(narrow(a))), bits<__m256i>(narrow(b)), 1));
+}
 LEEWAY_INLINE W swap_halves(W x) { return bits<W>(_mm512_shuffle_epi32(bits<__m512i>(x), _MM_PERM_CDAB)); }
 LEEWAY_INLINE W product_of_lows(W a, W b) { return bits<W>(_mm512_mul_epu32(bits<__m512i>(a), bits<__m512i>(b))); }
 LEEWAY_INLINE uint32_t differing(W a, W b) { return _mm512_cmpneq_epi16_mask(bits<__m512i>(a), bits<__m512i>(b)); }
 #elif LEEWAY_X86 == 8
+LEEWAY_INLINE W joined(U a, U b) {
+  const __m256i packed = _mm256_packus_epi32(bits<__m256i>(a), bits<__m256i>(b));  // within each half
+  return bits<W>(_mm256_permute4x64_epi64(packed, 0xd8));
+}
 LEEWAY_INLINE W swap_halves(W x) { return bits<W>(_mm256_shuffle_epi32(bits<__m256i>(x), 0xb1)); }
 LEEWAY_INLINE W product_of_lows(W a, W b) { return bits<W>(_mm256_mul_epu32(bits<__m256i>(a), bits<__m256i>(b))); }
 LEEWAY_INLINE uint32_t differing(W a, W b) {
@@ -22,6 +36,10 @@ LEEWAY_INLINE uint32_t differing(W a, W b) {
   return uint32_t(_mm_movemask_epi8(bytes)) ^ 0xffff;
 }
 #else
+LEEWAY_INLINE W joined(U a, U b) {
+  const H halves[] = {narrow(a), narrow(b)};
+  return load_words(reinterpret_cast<const uint8_t*>(halves));
+}
 LEEWAY_INLINE W swap_halves(W x) { return x << 32 | x >> 32; }
 LEEWAY_INLINE W product_of_lows(W a, W b) { return (a & 0xffffffff) * (b & 0xffffffff); }
 LEEWAY_INLINE uint32_t differing(W a, W b) {
@@ -33,12 +51,6 @@ LEEWAY_INLINE uint32_t differing(W a, W b) {
   return mask;
 }
 #endif
-
-LEEWAY_INLINE W load_words(const uint8_t* from) {
-  W x;
-  memcpy(&x, from, sizeof x);
-  return x;
-}
 
 LEEWAY_INLINE W mix(W word, W key) {
   const W x = word ^ key, other = swap_halves(x);
