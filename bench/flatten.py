@@ -8,7 +8,7 @@ checksum  of a bucket alone
 publish   a version into shared memory, and its staged copy, both with their digests (on the host only)
 
 Speeds count the bytes that cannot be helped: read once, written once. Beside each stands a copy of as many bytes (half
-read, half written), and what one would write without the operators: `.to(bfloat16)`, `torch.cat` and xxh3; a comparison
+read, half written; beside those that hardly write, a plain read too), and what one would write without the operators: `.to(bfloat16)`, `torch.cat` and xxh3; a comparison
 of the two versions' bits; xxh3 alone; a copy and xxh3 tensor by tensor. On CUDA, where xxh3 is not to be had, the peers
 compute no checksum.
 
@@ -144,6 +144,7 @@ class Kernels:
         bucket = self.shadow
         return {
             "copy": (self._copy(3 * n), 6 * n),
+            "read": (self._read(6 * n), 6 * n),
             "flatten": (lambda: self.flatten(torch.bfloat16), 6 * n),
             "fp8": (lambda: self.flatten(torch.float8_e4m3fn), 5 * n),
             "cast": (self.cast_and_cat, 6 * n),
@@ -157,6 +158,10 @@ class Kernels:
     def _copy(self, num_bytes: int) -> Callable[[], object]:
         source, to = (torch.ones(num_bytes, dtype=torch.uint8, device=self.device) for _ in range(2))
         return (lambda: np.copyto(to.numpy(), source.numpy())) if self.device == "cpu" else (lambda: to.copy_(source))
+
+    def _read(self, num_bytes: int) -> Callable[[], object]:
+        source = torch.ones(num_bytes // 4, dtype=torch.int32, device=self.device)
+        return source.numpy().max if self.device == "cpu" else source.max
 
 
 def kernel_rows(num_parameters: float, device: str) -> list[dict]:
@@ -172,9 +177,11 @@ def kernel_rows(num_parameters: float, device: str) -> list[dict]:
         row("flatten", "cast", f"to(bfloat16), cat{hashed}", 1),
         row("fp8", "copy", "copy of as many bytes", None),
         row("delta", "copy", "copy of as many bytes", goal),
+        row("delta", "read", "plain read of as many bytes", None),
         row("delta", "compare", f"to, cat, !=, nonzero, index{hashed}", 1),
         row("apply", "copy", "copy of as many bytes", None),
         row("checksum", "copy", "copy of as many bytes", None),
+        row("checksum", "read", "plain read of as many bytes", None),
     ]
     return rows + ([row("checksum", "xxh3", "xxh3", None)] if device == "cpu" else [])
 
