@@ -6,9 +6,8 @@ parameters that spells words backwards is no language model that reasons: an eff
 does not show says little, and both are kept.
 
 Of the recipe an arm changes what its overrides and those of its effect say, no more; those of the effect are the same
-for all arms, and none was tuned for one of them. Staleness and dense rewards take 256 answers a step and begin from
-what `backwards` and `capitals` make, not from the recipes' short warm start, after which seeds differ by more than any
-method does: value pretraining and the curriculum, which begin there, say little.
+for all arms, and none was tuned for one of them. Most begin from a longer warm start than the recipes', after which
+seeds differ by more than any method does, and take more answers a step.
 """
 
 import argparse
@@ -192,7 +191,7 @@ def dense_arms() -> dict[str, Arm]:
 
 ALONE = "--stages=[]"
 EXACT, DENSE = "reward = 'exact'", "reward = 'agreement'"
-OPTIONS = "{ letters = [3, 6], dots = [0, 12] }"
+OPTIONS = "{ letters = [4, 4], dots = [0, 20] }"
 RAMBLING = callable_domain("words", "rambling", OPTIONS, f"reward = '{TASKS}after_dots'")
 
 EFFECTS = {
@@ -202,10 +201,14 @@ EFFECTS = {
         partial(
             trained,
             "vapo",
-            ["--learner.updates_per_step=4"],
+            [
+                *two_marks("steep"),
+                *("--run.groups_per_step=16", "--run.group_size=8", "--learner.updates_per_step=4"),
+                *(f"--generator.max_new_tokens={LIMIT}", "--model.context=40", "--warm_start.steps=100"),
+            ],
             {
                 "none": Arm(["--critic.pretrain_steps=0", "--run.steps=40"]),
-                "16 steps": Arm(["--critic.pretrain_steps=16", "--run.steps=56"]),
+                "30 steps": Arm(["--critic.pretrain_steps=30", "--run.steps=70"]),
             },
         ),
     ),
@@ -229,14 +232,14 @@ EFFECTS = {
         partial(
             trained,
             "acereason",
-            [ALONE, f"--domains=[{RAMBLING}]", SMALL, "--run.steps=60"],
+            [ALONE, f"--domains=[{RAMBLING}]", SMALL, *SIZE, "--warm_start.steps=600", "--run.steps=60", "--model.context=40"],
             {
-                "20 tokens": Arm(["--generator.max_new_tokens=20"]),
-                "8, 14, then 20": Arm(
+                "28 tokens": Arm(["--generator.max_new_tokens=28"]),
+                "10, 18, then 28": Arm(
                     [
-                        "--generator.max_new_tokens=8",
-                        "--schedule=[{ step = 20, generator = { max_new_tokens = 14 } }, "
-                        "{ step = 40, generator = { max_new_tokens = 20 } }]",
+                        "--generator.max_new_tokens=10",
+                        "--schedule=[{ step = 20, generator = { max_new_tokens = 18 } }, "
+                        "{ step = 40, generator = { max_new_tokens = 28 } }]",
                     ]
                 ),
             },
