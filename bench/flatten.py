@@ -8,9 +8,9 @@ checksum  of a bucket alone
 publish   a version into shared memory, and its staged copy, both with their digests (on the host only)
 
 Speeds count the bytes that cannot be helped: read once, written once. Beside each stands a copy of as many bytes (half
-read, half written; beside those that hardly write, a plain read too), and what one would write without the operators: `.to(bfloat16)`, `torch.cat` and xxh3; a comparison
-of the two versions' bits; xxh3 alone; a copy and xxh3 tensor by tensor. On CUDA, where xxh3 is not to be had, the peers
-compute no checksum.
+read, half written; beside those that hardly write, a plain read too), and what one would write without the operators:
+`.to(bfloat16)`, `torch.cat` and xxh3; a comparison of the two versions' bits; xxh3 alone; a copy and xxh3 tensor by
+tensor. On CUDA, where xxh3 is not to be had, the peers compute no checksum.
 
 On the CPU one thread works and the clock is processor time, so that other processes hit all alike; rounds are
 interleaved.

@@ -232,7 +232,10 @@ EFFECTS = {
         partial(
             trained,
             "acereason",
-            [ALONE, f"--domains=[{RAMBLING}]", SMALL, *SIZE, "--warm_start.steps=600", "--run.steps=60", "--model.context=40"],
+            [
+                *(ALONE, f"--domains=[{RAMBLING}]", SMALL, *SIZE),
+                *("--warm_start.steps=600", "--run.steps=60", "--model.context=40"),
+            ],
             {
                 "28 tokens": Arm(["--generator.max_new_tokens=28"]),
                 "10, 18, then 28": Arm(
