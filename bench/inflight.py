@@ -33,6 +33,7 @@ from engine.generators.sglang import SGLang  # noqa: E402
 from engine.model import build, describe  # noqa: E402
 from engine.policy import manifest_of, named_tensors  # noqa: E402
 from engine.schema import Lease, Prompt, Sampling  # noqa: E402
+from engine.weights.manifest import HOST  # noqa: E402
 
 GROUPS, SAMPLES, PROMPT, LENGTH = 16, 4, 256, 192
 EVERY = 512  # tokens of all requests between updates
@@ -52,7 +53,7 @@ class Arm:
     def __init__(self, engine: SGLang, model: torch.nn.Module):
         config = engine._config
         manifest = manifest_of(model, config)  # type: ignore[arg-type]
-        self.engine, self.views, self.version = engine, manifest.views(engine.memory(manifest.num_bytes)), 0
+        self.engine, self.views, self.version = engine, manifest.views(engine.memory(manifest.num_bytes, HOST)), 0
         for name, tensor in named_tensors(model):
             self.views[name].copy_(tensor)
 

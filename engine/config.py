@@ -35,7 +35,7 @@ Decay = Annotated[float, Meta(ge=0, lt=1)]
 Mass = Annotated[float, Meta(gt=0, le=1)]
 Text = Annotated[str, Meta(min_length=1)]
 OF_GROUPS = ("group_mean", "group_norm", "leave_one_out")  # advantages against the others of the group
-Route = Literal["auto", "shm", "tcp", "disk", "collective"]  # of weights; see engine.weights
+Route = Literal["auto", "shm", "tcp", "disk", "collective", "cuda_ipc"]  # of weights; see engine.weights
 Slot = dict[str, Any]  # {name = "...", keyword arguments of the function}: checked against its signature at launch
 
 
@@ -197,7 +197,8 @@ class Ops(Struct):
 
 
 class Weights(Struct):
-    # "auto": shm on the learner's host, else tcp. "collective": broadcast by NCCL or gloo, on trusted networks alone
+    # "auto": shm on the learner's host, else tcp. "collective": broadcast by NCCL or gloo, on trusted networks alone.
+    # "cuda_ipc": from GPU to GPU, where learners and generators are on one host and all on GPUs
     route: Route = "auto"
     directory: str = ""  # disk: seen by learner and generators under this path
     delta: bool = True  # only what changed travels, where weights travel as bfloat16 and little did

@@ -31,7 +31,7 @@ from engine.learner_loop import Job, Mismatch, learn
 from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
 from engine.optimizer import NonFinite
-from engine.placement import Seat, check_devices, join_learners, limit_collectives, rendezvous, seat
+from engine.placement import Seat, check_devices, check_route, join_learners, limit_collectives, rendezvous, seat
 from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, answer_with_stacks, die_with_parent
 from engine.prompts import Prompts
 from engine.rollouts import Hopeless
@@ -113,6 +113,7 @@ def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> 
     if config.critic.path:
         check_model("critic.path", config.critic.path)
     check_devices(config, place)
+    check_route(config, place)
     check_generator(config)
     check_port(config)
     check_paths(config)

@@ -8,10 +8,12 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from engine import checkpoint, metrics, parallel
 from engine.algorithms.method import Method, compose
+from engine.blocks import Cuda
 from engine.config import Config, ConfigError
 from engine.credit import advantages
 from engine.learner import Learner
@@ -26,7 +28,7 @@ from engine.schedule import Schedule
 from engine.schema import Evaluation, Group, Taken, Trained
 from engine.scores import Shape, left_out, scheduled_shape
 from engine.summary import records, summarise
-from engine.weights import Manifest, Publisher
+from engine.weights import Publisher, Slots
 
 
 class Mismatch(RuntimeError):
@@ -60,8 +62,8 @@ class Job:
         self.exhausted: set[str] = set()  # domains of which it was said that no prompt was left
         self.holds_out = any(domain.eval_prompts or domain.eval_path for domain in config.domains)
         with ExitStack() as opened:  # whatever fails here, a stop included: neither segment nor child outlives the job
-            manifest = manifest_of(self.learner.model, config)
-            self.publisher = opened.enter_context(closing(make_publisher(config, self.segment, manifest)))
+            publisher = make_publisher(config, self.segment, self.learner.model, seat.device)
+            self.publisher = opened.enter_context(closing(publisher))
             rollouts = Rollouts(config, run, seat, stop, self.segment, str(resume or ""))
             self.rollouts = opened.enter_context(closing(rollouts))
             self.rollouts.say = self.say
@@ -243,13 +245,16 @@ class Job:
         self._opened.close()
 
 
-def make_publisher(config: Config, segment: str, manifest: Manifest) -> Publisher:
+def make_publisher(config: Config, segment: str, model: PreTrainedModel, device: str) -> Publisher:
     """Deltas are made where few weights change, which in float32 all do, and where bytes travel: a reader in this
     host's memory takes the whole, which costs it no more."""
     few = config.generator.dtype == "bfloat16"
     abroad = config.weights.route == "auto" and not config.placement.bind.startswith("127.")
     delta = config.weights.delta and few and (abroad or config.weights.route == "tcp")
-    return Publisher(segment, manifest, delta=delta, directory=config.weights.directory)
+    to_gpus = config.weights.route == "cuda_ipc"
+    slots = Slots(Cuda(torch.device(device)), named_tensors(model)) if to_gpus else None
+    manifest = manifest_of(model, config)
+    return Publisher(segment, manifest, delta=delta, directory=config.weights.directory, slots=slots)
 
 
 def prepare(schedule: Schedule, method: Method, shape: Shape, groups: list[Group], version: int) -> list[Update]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config import Config, ConfigError
+from engine.ops.library import cuda_is_built
 from engine.process import cores
 
 
@@ -100,6 +101,20 @@ def check_devices(config: Config, seat: Seat) -> None:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"{field} = {device!r}: must be auto, cpu, cuda or cuda:NUMBER; {reason}") from error
+
+
+def check_route(config: Config, seat: Seat, environ: Mapping[str, str] = os.environ) -> None:
+    """Raises `ConfigError` where the job is no such one as `weights.route` is for."""
+    if config.weights.route != "cuda_ipc":
+        return
+    field = "weights.route = 'cuda_ipc': goes from GPU to GPU of one host"
+    for name, device in {"learner.device": seat.device, "generator.device": config.generator.device}.items():
+        if device != "auto" and not device.startswith("cuda"):
+            raise ConfigError(f"{field}, but {name} is {device!r}")
+    if (here := int(environ.get("LOCAL_WORLD_SIZE", 1))) != seat.world_size:
+        raise ConfigError(f"{field}, but {seat.world_size - here} of {seat.world_size} ranks are on others")
+    if not cuda_is_built():
+        raise ConfigError(f"{field} by our CUDA kernels, which `make install` builds where nvcc is")
 
 
 def advertised(address: str, environ: Mapping[str, str] = os.environ) -> str:

@@ -108,13 +108,14 @@ def _changes(table: dict[str, Any], inside: str = "") -> Iterator[str]:
 
 
 def memory(config: Config, seat: Seat, policy: PreTrainedModel) -> dict[str, float]:
-    """Bytes of a learner rank, of a generator and of the shared segment: an estimate from above for the parts that
-    grow with the configuration.
+    """Bytes of a learner rank, of a generator and of versions in shared memory: an estimate from above for the parts
+    that grow with the configuration.
 
     Learner: (parameter + gradient + two moments, the same of a critic with a backbone of its own, and the reference's
     parameter where there is one) / ranks, the activations of one micro-batch (about 34 numbers a token, layer and
     hidden unit, or 2 with recomputation and one layer whole, arXiv:2205.05198) and what its head takes. Generator:
-    parameters, their staged copy and the KV cache of all slots. Shared weights: two versions.
+    parameters, their staged copy and the KV cache of all slots. Shared weights: two versions, in
+    place of which the learners hold them where they are handed over between GPUs.
     """
     shape = policy.config.get_text_config()
     parameters = sum(tensor.numel() for _, tensor in named_tensors(policy))
@@ -128,9 +129,12 @@ def memory(config: Config, seat: Seat, policy: PreTrainedModel) -> dict[str, flo
     method = compose(config.algorithm)
     states = 4 + method.needs_reference + 4 * (method.needs_critic and not config.critic.shared)
     payload = sum(entry.num_bytes for entry in manifest_of(policy, config).entries)
+    on_gpus = config.weights.route == "cuda_ipc"
     cache = 2 * layers * heads * head_dim * config.generator.slots * config.model.context
     return {
-        "learner": states * parameters * size / seat.num_learners + activations * compute + head,
+        "learner": (states * parameters * size + on_gpus * 2 * payload) / seat.num_learners
+        + activations * compute
+        + head,
         "generator": 2 * payload + cache * BYTES[config.generator.dtype],
-        "shared weights": 2 * payload,
+        "shared weights": 0 if on_gpus else 2 * payload,
     }

@@ -16,6 +16,7 @@ from engine.model import build, describe, hidden_states, lm_head, widen_head
 from engine.policy import manifest_of, named_tensors
 from engine.schema import Lease, LeaseKey, Prompt, Sampling
 from engine.weights import Manifest, WeightsError
+from engine.weights.manifest import HOST
 
 CONTEXT, EOS = 48, 1
 SHAPES = {
@@ -122,7 +123,8 @@ def test_a_load_takes_the_tensors_themselves(shape: str) -> None:
     assert all(own[name].data_ptr() == tensor.data_ptr() for name, tensor in given.items())
     if shape == "qwen3":  # tied: the head follows
         assert own["lm_head.weight"].data_ptr() == given["model.embed_tokens.weight"].data_ptr()
-    assert engine.memory(64).data_ptr() != engine.memory(64).data_ptr()  # so none is staged in while it is sampled with
+    first, second = (engine.memory(64, HOST) for _ in range(2))
+    assert first.data_ptr() != second.data_ptr()  # so none is staged in while it is sampled with
 
 
 def test_weights_of_another_model_are_refused_and_nothing_is_loaded() -> None:

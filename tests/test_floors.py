@@ -54,6 +54,7 @@ FLOORS = [
         "engine.placement",
     },
     {
+        "engine.blocks",
         "engine.model",
         "engine.fusion",
         "engine.head",

@@ -115,7 +115,7 @@ def test_a_job_that_fails_at_its_start_closes_what_it_opened(monkeypatch: pytest
     def refuse(*arguments: Any) -> None:
         raise ConnectionError("no tracker")
 
-    fakes = {"Learner": lambda *_, **__: SimpleNamespace(model=None), "manifest_of": lambda *_: None}
+    fakes: dict[str, Any] = {"Learner": lambda *_, **__: SimpleNamespace(model=None)}
     fakes |= {"Supervisor": Closing, "make_publisher": Publisher, "Rollouts": Rollouts, "Progress": Progress}
     for name, fake in fakes.items():
         monkeypatch.setattr(learner_loop, name, fake)

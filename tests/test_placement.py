@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from engine import placement
 from engine.config import ConfigError
-from engine.placement import Seat, join_learners, limit_collectives, rendezvous, seat
+from engine.placement import Seat, check_route, join_learners, limit_collectives, rendezvous, seat
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +171,35 @@ def _on_rank(rank: int, folder: str) -> None:
 def test_rank_0_may_prepare_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
     start_processes(_on_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     assert (tmp_path / "count").read_text() == "2.0"
+GPUS = ("weights.route='cuda_ipc'",)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "overrides", "message"),
+    [
+        ((2,), ("learner.device='cpu'",), "but learner.device is 'cpu'"),
+        ((2,), ("generator.device='cpu'",), "but generator.device is 'cpu'"),
+        ((1, 1), (), "but 1 of 2 ranks are on others"),
+        ((2,), (), "by our CUDA kernels"),
+    ],
+)
+def test_weights_go_from_gpu_to_gpu_of_one_host_alone(
+    monkeypatch: pytest.MonkeyPatch, hosts: tuple[int, ...], overrides: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(placement, "cuda_is_built", lambda: "kernels" not in message)
+    place, environ = seats(*hosts, overrides=GPUS + overrides)[0], {"LOCAL_WORLD_SIZE": str(hosts[0])}
+    with pytest.raises(ConfigError, match=f"weights.route = 'cuda_ipc': goes from GPU to GPU of one host,? {message}"):
+        check_route(learning.configure(*GPUS, *overrides), place, environ)
+    check_route(learning.configure(*overrides), place, environ)  # by "auto" it may
+
+
+def test_weights_go_from_gpu_to_gpu_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="but learner.device is 'cpu'"):
+        check_route(learning.configure(*GPUS), seats(1, overrides=GPUS)[0], {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(placement, "cuda_is_built", lambda: True)
+    check_route(learning.configure(*GPUS), seats(1, overrides=GPUS)[0], {})
+    check_route(learning.configure(*GPUS), seats(3, overrides=GPUS)[0], {"LOCAL_WORLD_SIZE": "3"})

@@ -34,6 +34,7 @@ from engine.policy import manifest_of, named_tensors
 from engine.process import ProcessDied
 from engine.schema import Lease, LeaseKey, Prompt, Sampling
 from engine.weights import Manifest, Publisher, Subscriber, WeightsError, remove_stale
+from engine.weights.manifest import HOST
 from engine.weights.subscribe import SharedSource
 from rewards.table import resolve
 from rewards.verdict import Verdict
@@ -57,7 +58,7 @@ MODELS = {version: make_model(version) for version in range(6)}
 def load(engine: SGLang, version: int) -> None:
     """The weights of `MODELS[version]`, as the actor's loop would."""
     manifest: Manifest = manifest_of(MODELS[0], CONFIG)
-    views = manifest.views(engine.memory(manifest.num_bytes))
+    views = manifest.views(engine.memory(manifest.num_bytes, HOST))
     for name, tensor in named_tensors(MODELS[version]):
         views[name].copy_(tensor)
     engine.load(version, views)

@@ -17,6 +17,7 @@ from engine.generators.sglang import SGLang
 from engine.model import build, describe
 from engine.policy import manifest_of, named_tensors
 from engine.schema import Lease, Prompt, Sampling
+from engine.weights.manifest import HOST
 
 HALF = ("generator.dtype=bfloat16", "model.init.initializer_range=0.15")
 WAIT_S = 60.0
@@ -37,7 +38,7 @@ def serving(config: Config) -> Iterator[SGLang]:
     with closing(sglang.from_files(config, files, TOKENIZER)) as engine:
         manifest = manifest_of(MODEL, config)
         assert {entry.dtype for entry in manifest.entries} == {"bfloat16"}  # the head's too, which SGLang would narrow
-        views = manifest.views(engine.memory(manifest.num_bytes))
+        views = manifest.views(engine.memory(manifest.num_bytes, HOST))
         for name, tensor in named_tensors(MODEL):
             views[name].copy_(tensor)
         engine.load(0, views)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine import parallel
+from engine.blocks import Host
 from engine.policy import named_tensors
-from engine.weights import Manifest, Publisher, Subscriber, publish
+from engine.weights import Manifest, Publisher, Slots, Subscriber, publish
+from engine.weights.device import DeviceSource
 from engine.weights.publish import digest
 from engine.weights.subscribe import SharedSource
 
@@ -47,20 +49,23 @@ def refuse_whole(self: Any, *_: object) -> Tensor:
 FULL_TENSOR = DTensor.full_tensor
 
 
-def publish_on_rank(rank: int, name: str, blind: bool, delta: bool) -> tuple[list[Any], list[str], list[int]]:
+def publish_on_rank(
+    rank: int, name: str, blind: bool, delta: bool, blocks: bool
+) -> tuple[list[Any], list[str], list[int]]:
     """Three versions: what rank 0 staged of each (name -> tensor, bytes) beside the truth; digests and delta bytes on
-    this rank. `blind`: the last rank does not see rank 0's memory."""
+    this rank. `blind`: the last rank does not see rank 0's memory. `blocks`: payloads lie in each rank's own."""
     root = model()
     parallel.shard(root, list(root.children()), torch.device("cpu"), mixed_precision=False, exact_root=False)
     manifest = Manifest.of(named_tensors(root), torch.bfloat16)
     if blind and rank == parallel.num_ranks() - 1:
         publish._joined = lambda name: None
     staged, digests, delta_bytes = [], [], []
-    with closing(Publisher(name, manifest, delta=delta)) as publisher:
-        source = SharedSource(name) if rank == 0 else None
+    slots = Slots(Host(), named_tensors(root)) if blocks else None
+    with closing(Publisher(name, manifest, delta=delta, slots=slots)) as publisher:
+        source = (DeviceSource(name, Host()) if blocks else SharedSource(name)) if rank == 0 else None
         subscriber = Subscriber(source) if source is not None else None
         if source is not None:
-            source.far = True
+            source.far = delta
         for version in range(3):
             nudge(root, version)
             DTensor.full_tensor = refuse_whole  # type: ignore[method-assign]
@@ -77,10 +82,19 @@ def publish_on_rank(rank: int, name: str, blind: bool, delta: bool) -> tuple[lis
     return staged, digests, delta_bytes
 
 
-@pytest.mark.parametrize(("num_ranks", "blind", "delta"), [(2, False, True), (3, False, False), (3, True, True)])
-def test_ranks_write_together_what_one_would(num_ranks: int, blind: bool, delta: bool) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "blind", "delta", "blocks"),
+    [
+        (2, False, True, False),
+        (3, False, False, False),
+        (3, True, True, False),
+        (2, False, False, True),
+        (3, True, False, True),
+    ],
+)
+def test_ranks_write_together_what_one_would(num_ranks: int, blind: bool, delta: bool, blocks: bool) -> None:
     name = f"pieces-{os.getpid()}"
-    results = learning.on_ranks(num_ranks, publish_on_rank, name, blind, delta)
+    results = learning.on_ranks(num_ranks, publish_on_rank, name, blind, delta, blocks)
     staged, digests, delta_bytes = results[0]
     assert all(each == digests for _, each, _ in results) and len(set(digests)) == 3
     for version, (tensors, num_bytes, copied, truth) in enumerate(staged):

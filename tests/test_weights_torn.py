@@ -93,10 +93,10 @@ def dies_choosing(engine: Embedded, subscriber: Subscriber) -> None:
 def dies_staging(engine: Embedded, subscriber: Subscriber) -> None:
     read = subscriber._source.read
 
-    def reads(header: Any, part: Any, into: np.ndarray) -> Iterator[Any]:
+    def reads(header: Any, part: Any, into: torch.Tensor) -> Iterator[Any]:
         half = len(into) // 2 // 8 * 8
         if header.version == FATAL:
-            into[:half] = subscriber._source._parts[part, header.slot].numpy()[:half]  # type: ignore[attr-defined]
+            into[:half] = subscriber._source._parts[part, header.slot][:half]  # type: ignore[attr-defined]
             die()
         yield from read(header, part, into)
 
@@ -106,7 +106,7 @@ def dies_staging(engine: Embedded, subscriber: Subscriber) -> None:
 def dies_verifying(engine: Embedded, subscriber: Subscriber) -> None:
     read = subscriber._source.read
 
-    def reads(header: Any, part: Any, into: np.ndarray) -> Iterator[Any]:
+    def reads(header: Any, part: Any, into: torch.Tensor) -> Iterator[Any]:
         yield from read(header, part, into)
         die() if header.version == FATAL else None
 

@@ -10,6 +10,7 @@ import numpy as np
 from engine.schema import Finish, Lease, LeaseKey
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -50,9 +51,10 @@ class Generator(Protocol):
         """A descriptor that becomes readable when `poll` has something to say; -1 where only `poll` advances."""
         ...
 
-    def memory(self, num_bytes: int) -> "Tensor":
-        """uint8 [num_bytes] on the host, in which the next version is staged while sampling goes on. Asked for twice:
-        two that differ are staged in by turns, so that `load` may keep what it is given; else it copies."""
+    def memory(self, num_bytes: int, device: "torch.device") -> "Tensor":
+        """uint8 [num_bytes] on `device`, the host or the generator's own, in which the next version is staged while
+        sampling goes on. Asked for twice: two that differ are staged in by turns, so that `load` may keep what it is
+        given; else it copies."""
         ...
 
     def load(self, version: int, weights: Mapping[str, "Tensor"]) -> None:

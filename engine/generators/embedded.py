@@ -149,16 +149,16 @@ class Embedded:
     def close(self) -> None:
         pass
 
-    def memory(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes] on the host; the same at every call on a GPU, where `load` copies."""
-        if self._memory is None or self._cache.entries.is_cpu:
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+    def memory(self, num_bytes: int, device: torch.device) -> Tensor:
+        """uint8 [num_bytes] on `device`; where that is not the model's, and `load` copies, the same at every call."""
+        if self._memory is None or device == self._cache.entries.device:
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return self._memory
 
     @torch.inference_mode()
     def load(self, version: int, weights: Mapping[str, Tensor]) -> None:
-        """Samples with `weights` from the next token on, all or none. On the CPU these are the model's from now on,
-        the caller's no more until the next load; on a GPU they are copied.
+        """Samples with `weights` from the next token on, all or none. Where they are on the model's device they are the
+        model's from now on, the caller's no more until the next load; else they are copied.
 
         Raises `ValueError` for a name that is unknown or missing, or a tensor of another shape.
         """

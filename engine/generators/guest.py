@@ -2,31 +2,36 @@
 
     PYTHON -m engine.generators.guest < options.json
 
-SGLang is imported here alone, and of the engine nothing but `process`, which needs the standard library only.
+SGLang is imported here alone, and of the engine nothing but `process`, which needs the standard library only, and
+`blocks`, which needs torch.
 """
 
 import functools
 import json
-import mmap
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.process import PARENT, die_with_parent
+
+if TYPE_CHECKING:
+    from engine.blocks import Block
+
+_opened: "dict[str, Block]" = {}  # by handle, so that it is not opened again at every version
 
 
 def load(model: Any, named_tensors: list[tuple[str, Any]]) -> None:
     """SGLang's custom weight loader: copies a whole version out of memory shared with the generator into `model`.
 
-    The only name is JSON: `path` of the memory and `tensors` as [name, dtype, shape, offset in bytes]. The model's own
-    `load_weights` finds each one's place, in every tensor-parallel rank the part that is its.
+    The only name is JSON: `device`, `handle` and `num_bytes` of the memory, and `tensors` as [name, dtype, shape,
+    offset in bytes]. The model's own `load_weights` finds each one's place, in every tensor-parallel rank the part that
+    is its.
     """
     import torch
 
     [(description, _)] = named_tensors
     order = json.loads(description)
-    found = os.stat(order["path"])
-    payload = torch.from_numpy(_mapped(order["path"], found.st_dev, found.st_ino))
+    payload = _memory(order["device"], order["handle"], order["num_bytes"])
 
     def views() -> Any:
         for name, dtype, shape, offset in order["tensors"]:
@@ -39,13 +44,17 @@ def load(model: Any, named_tensors: list[tuple[str, Any]]) -> None:
         torch.cuda.synchronize()  # the answer means that the memory may be written again
 
 
-@functools.lru_cache(maxsize=1)
-def _mapped(path: str, device: int, inode: int) -> Any:
-    """The memory as uint8 array, mapped once: its pages are not looked for again at every version."""
-    import numpy as np
+def _memory(device: str, handle: str, num_bytes: int) -> Any:
+    """The generator's memory, uint8 [num_bytes]; an earlier generator's is let go."""
+    import torch
 
-    with open(path, "r+b") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), np.uint8)
+    from engine.blocks import allocator
+
+    if handle not in _opened:
+        while _opened:
+            _opened.popitem()[1].close()
+        _opened[handle] = allocator(torch.device(device)).open(bytes.fromhex(handle), num_bytes)
+    return _opened[handle].tensor
 
 
 def belong() -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.blocks import Block, allocator
 from engine.config import Config, ConfigError
 from engine.generators.base import Sampled, stop_ids
 from engine.generators.client import Client, Meta, Reason, ServerError, check_served
@@ -106,8 +107,7 @@ class SGLang:
         self._error: Exception | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._label = ""  # of the version, to the server
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._memory_fd = -1
+        self._block: Block | None = None  # what it shares with the server
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
@@ -157,30 +157,29 @@ class SGLang:
             raise self._error
         return [self._finished.popleft() for _ in range(len(self._finished))]
 
-    def memory(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes], shared with the server; the same at every call."""
-        if not len(self._memory):
-            self._memory_fd = os.memfd_create("leeway-weights")
-            os.truncate(self._memory_fd, num_bytes)
-            self._memory = torch.from_file(
-                f"/proc/self/fd/{self._memory_fd}", shared=True, size=num_bytes, dtype=torch.uint8
-            )
-        return self._memory
+    def memory(self, num_bytes: int, device: torch.device) -> Tensor:
+        """uint8 [num_bytes] on `device`, shared with the server; the same at every call."""
+        if self._block is None:
+            self._block = allocator(device).allocate(num_bytes)
+        return self._block.tensor
 
     def load(self, version: int, weights: Mapping[str, Tensor]) -> None:
         """Samples with `weights`, views of `memory`, from the next token on; running requests go on.
 
         Raises `ServerError`, after which nothing can be sampled: the server may hold a mixture.
         """
-        start = self._memory.data_ptr()
+        assert self._block is not None, "nothing is staged"
+        memory = self._block.tensor
+        start = memory.data_ptr()
         tensors = [
             (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), tensor.data_ptr() - start)
             for name, tensor in weights.items()
         ]
         for name, _, _, offset in tensors:
-            if not 0 <= offset <= len(self._memory):
+            if not 0 <= offset <= len(memory):
                 raise ValueError(f"weights of version {version}: {name} is not in the generator's memory")
-        order = json.dumps({"path": f"/proc/{os.getpid()}/fd/{self._memory_fd}", "tensors": tensors})
+        place = {"device": memory.device.type, "handle": self._block.handle.hex(), "num_bytes": len(memory)}
+        order = json.dumps({**place, "tensors": tensors})
         timeout_s = self._config.deadlines.publish_s
         self._call(self._apply(version, order), timeout_s, f"loading version {version} into the SGLang server")
 
@@ -196,9 +195,10 @@ class SGLang:
         self._loop.close()
         if self._server is not None:
             self._server.close()
-        for fd in (self._wake_read, self._wake_write, self._memory_fd):
-            if fd >= 0:
-                os.close(fd)
+        if self._block is not None:
+            self._block.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
 
     # ---- on the event loop ----
 

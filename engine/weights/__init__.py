@@ -24,8 +24,10 @@ Versions grow within an incarnation, incarnations fence each other, and a lock o
     tcp          a server in front of it, by deltas where they are few  any host; with keys and encryption
     collective   a broadcast to all at once, by NCCL or gloo            trusted networks; falls back to tcp
     disk         files in a directory                                   hosts that share only that
+    cuda_ipc     the learners' memory, from GPU to GPU                  the learner's host, all of it on GPUs
 """
 
+from engine.weights.device import Slots
 from engine.weights.intake import Intake
 from engine.weights.manifest import Manifest, WeightsError
 from engine.weights.publish import Publisher
@@ -38,6 +40,7 @@ __all__ = [
     "Manifest",
     "Publisher",
     "Server",
+    "Slots",
     "Staged",
     "Subscriber",
     "WeightsError",

@@ -19,7 +19,6 @@ from threading import Thread
 from time import monotonic
 from uuid import uuid4
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,7 +26,7 @@ from engine.keys import JoinKey
 from engine.ops import buckets
 from engine.weights import group
 from engine.weights.group import Group
-from engine.weights.manifest import WeightsError
+from engine.weights.manifest import HOST, WeightsError
 from engine.weights.segment import Header, Overwritten, Part, Segment
 from engine.weights.tcp import Apart, Call, Enter, TcpSource
 
@@ -197,6 +196,7 @@ class CollectiveSource:
     TCP. `timeout_s` is for a version, `step_s` for each step of a broadcast."""
 
     far = True
+    device = HOST
 
     def __init__(self, address: str, timeout_s: float, key: JoinKey | None, step_s: float, device: str = "cpu"):
         self._tcp = TcpSource(address, timeout_s, key)
@@ -210,7 +210,7 @@ class CollectiveSource:
         self._group: Group | None = None
         self.num_received = 0  # broadcasts
 
-    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[tuple[slice, int]]:
+    def read(self, header: Header, part: Part, into: torch.Tensor) -> Iterator[tuple[slice, int]]:
         try:
             total = self._broadcast(header, part, into)
         except (WeightsError, RuntimeError, OSError) as error:
@@ -227,7 +227,7 @@ class CollectiveSource:
             self._group.close()
         self._tcp.close()
 
-    def _broadcast(self, header: Header, part: Part, into: np.ndarray) -> int | None:
+    def _broadcast(self, header: Header, part: Part, into: torch.Tensor) -> int | None:
         """Fills `into`; the sum over it. None where this member is not called."""
         until = monotonic() + self._whole_s
         entry = Enter(header, part, self._member, self._epoch, self._address, self._gpu)

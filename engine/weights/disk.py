@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.ops import buckets
-from engine.weights.manifest import Manifest, WeightsError
+from engine.weights.manifest import HOST, Manifest, WeightsError
 from engine.weights.segment import NUM_SLOTS, Header, Overwritten, Part
 
 SUFFIX = ".safetensors"
@@ -43,6 +42,7 @@ class DiskSource:
     """A `Source` over what the publisher of `segment` writes to `directory`."""
 
     far = True
+    device = HOST
 
     def __init__(self, directory: Path, segment: str):
         self._directory, self._segment = directory, segment
@@ -60,18 +60,17 @@ class DiskSource:
                 continue
         return found
 
-    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[tuple[slice, int]]:
+    def read(self, header: Header, part: Part, into: torch.Tensor) -> Iterator[tuple[slice, int]]:
         path = self._directory / f"{self._segment}-{header.incarnation}-{header.version}{SUFFIX}"
-        into[:] = 0  # between tensors
-        payload = torch.from_numpy(into)
-        views = self.manifest.views(payload)
+        into.zero_()  # between tensors
+        views = self.manifest.views(into)
         try:
             with safe_open(path, framework="pt") as file:
                 for name, view in views.items():
                     view.copy_(file.get_tensor(name))
         except (OSError, SafetensorError) as error:
             raise Overwritten from error
-        yield slice(0, len(into)), int(buckets.checksum(payload))
+        yield slice(0, len(into)), int(buckets.checksum(into))
 
     def close(self) -> None:
         pass

@@ -17,7 +17,6 @@ from threading import Thread
 from time import monotonic
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -167,7 +166,7 @@ def send(group: Group, payload: Tensor, until: float) -> None:
         group.wait(work)
 
 
-def receive(make: Callable[[], Group], into: np.ndarray, until: float) -> tuple[Group, int]:
+def receive(make: Callable[[], Group], into: Tensor, until: float) -> tuple[Group, int]:
     """Fills `into`, uint8, from the group that `make` gives; that group, and the sum over what came.
 
     Group and ring belong to a thread that is left to itself where it is not done by `until`, a `TimeoutError` here.
@@ -178,7 +177,7 @@ def receive(make: Callable[[], Group], into: np.ndarray, until: float) -> tuple[
     for slot in range(RING):
         free.put(slot)
     Thread(target=_receive, args=(make, len(into), free, landed, until), name="weights-group", daemon=True).start()
-    target, total = torch.from_numpy(into), 0
+    total = 0
     while True:
         try:
             found = landed.get(timeout=max(0.0, until - monotonic()))
@@ -189,7 +188,7 @@ def receive(make: Callable[[], Group], into: np.ndarray, until: float) -> tuple[
         if not isinstance(found, tuple):
             return found, total
         slot, place, piece = found
-        total += _copy(piece, target[place], place.start)
+        total += _copy(piece, into[place], place.start)
         free.put(slot)
 
 

@@ -8,6 +8,7 @@ from typing import Self
 import msgspec
 import torch
 
+HOST = torch.device("cpu")
 ALIGNMENT = 256  # bytes; of every tensor, for vector loads and for copies by device
 
 

@@ -33,8 +33,7 @@ def pieces(manifest: Manifest, tensors: Iterable[tuple[str, Tensor]], sees: list
 
     Raises `WeightsError` naming the first tensor that is not the manifest's.
     """
-    ends = [entry.offset for entry in manifest.entries[1:]] + [manifest.num_bytes]
-    for entry, end, given in zip_longest(manifest.entries, ends, tensors):
+    for entry, end, given in zip_longest(manifest.entries, _ends(manifest), tensors):
         name, tensor = given if given is not None else ("none", None)
         if entry is None or tensor is None or name != entry.name or tuple(tensor.shape) != entry.shape:
             shape = "" if tensor is None else f" {list(tensor.shape)}"
@@ -43,18 +42,40 @@ def pieces(manifest: Manifest, tensors: Iterable[tuple[str, Tensor]], sees: list
             yield from _pieces(entry, end, tensor.detach(), sees)
 
 
+def written(manifest: Manifest, divides: Iterable[bool], sees: list[bool]) -> list[list[slice]]:
+    """The places that each rank's `pieces` have, in order, of tensors that divide their rows among all ranks or not."""
+    found: list[list[slice]] = [[] for _ in sees]
+    for entry, end, divided in zip(manifest.entries, _ends(manifest), divides, strict=True):
+        if end > entry.offset:
+            for owner, place in enumerate(_places(entry, end, divided, len(sees)) or [slice(entry.offset, end)]):
+                found[owner if sees[owner] else 0].append(place)
+    return found
+
+
+def _ends(manifest: Manifest) -> list[int]:
+    return [entry.offset for entry in manifest.entries[1:]] + [manifest.num_bytes]
+
+
+def _places(entry: Entry, end: int, divided: bool, num_ranks: int) -> list[slice]:
+    """The bytes of each rank's rows, in order; none where the tensor is gathered."""
+    if not divided or not entry.num_bytes:
+        return []
+    step = -(-entry.shape[0] // num_ranks) * (entry.num_bytes // entry.shape[0])  # bytes
+    if step % buckets.ALIGNMENT:
+        return []
+    starts = range(entry.offset, entry.offset + entry.num_bytes, step)
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
+
+
 def _pieces(entry: Entry, end: int, tensor: Tensor, sees: list[bool]) -> Iterator[Piece]:
-    rows = -(-entry.shape[0] // len(sees)) if parallel.divides_rows(tensor) else 0
-    step = rows * (entry.num_bytes // max(1, entry.shape[0])) if rows else 0  # bytes
-    if not step or step % buckets.ALIGNMENT:
+    places = _places(entry, end, parallel.divides_rows(tensor), len(sees))
+    if not places:
         whole = parallel.whole(tensor).contiguous()
         if parallel.rank() == 0:
             yield Piece(whole, entry.torch_dtype, slice(entry.offset, end))
         return
-    mine = parallel.shards(tensor).contiguous()
-    for owner in range(-(-entry.num_bytes // step)):
-        start = entry.offset + owner * step
-        place = slice(start, min(start + step, end) if (owner + 1) * step < entry.num_bytes else end)
+    mine, rows = parallel.shards(tensor).contiguous(), -(-entry.shape[0] // len(sees))
+    for owner, place in enumerate(places):
         writer = owner if sees[owner] else 0
         if parallel.rank() == owner == writer:
             yield Piece(mine, entry.torch_dtype, place)

@@ -8,7 +8,7 @@ Where weights travel as bfloat16 most steps change few of their bits, so a delta
 payload, as long as it is small; readers that hold that version take the delta, others the payload.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from engine import parallel
 from engine.ops import buckets
 from engine.weights import disk
 from engine.weights.delta import Changes, Worth
+from engine.weights.device import Rows, Slots
 from engine.weights.manifest import Manifest, WeightsError
 from engine.weights.pieces import Piece, pieces
 from engine.weights.segment import NUM_SLOTS, Header, Segment, as_hex, exists, remove_stale
@@ -32,23 +33,35 @@ class Publisher:
     Raises `ConfigError` where shared memory is too small, `WeightsError` where a living job has the name.
     """
 
-    def __init__(self, name: str, manifest: Manifest, *, delta: bool = False, directory: str = "") -> None:
+    def __init__(
+        self, name: str, manifest: Manifest, *, delta: bool = False, directory: str = "", slots: Slots | None = None
+    ) -> None:
         """With `delta` readers get small changes alone; where there is a `directory`, each version lies there too.
-        All ranks call this alike."""
+        With `slots` payloads lie there and not in the segment. All ranks call this alike."""
         self.name = name
         self.manifest = manifest
         self._lead = parallel.rank() == 0
         room = manifest.num_bytes // DELTA_SHARE if delta else 0
         if self._lead:
             remove_stale()
-        segment = self._segment = Segment.create(name, manifest, room) if self._lead else None
+        segment = self._segment = Segment.create(name, manifest, room, payloads=not slots) if self._lead else None
         parallel.of_lead([0])  # now it is there
         if not self._lead:
             segment = self._segment = _joined(name)
         self._sees = [bool(sees) for [sees] in parallel.gathered([int(segment is not None)])]
         self._room = room // sum(self._sees) // 8 * 8  # for the delta of each rank that writes
         seen = [(segment, slot) for slot in range(NUM_SLOTS)] if segment is not None else []
-        self._payloads = [torch.from_numpy(segment.payload(slot)) for segment, slot in seen]
+        self._payloads: Sequence[Tensor | Rows] = [torch.from_numpy(segment.payload(slot)) for segment, slot in seen]
+        self._slots = slots
+        if slots is not None:
+            try:
+                self._payloads, table = slots.allocate(manifest, self._sees)
+            except WeightsError:
+                if segment is not None:
+                    segment.close()
+                raise
+            if segment is not None and self._lead:
+                segment.attach(table)
         self._deltas = [torch.from_numpy(segment.delta(slot)) for segment, slot in seen]
         self._directory = Path(directory) if directory else None
         self._worth = Worth()
@@ -77,9 +90,9 @@ class Publisher:
             known = 0 if changes is None else self._digest
             self._segment.commit(slot, incarnation, version, digest, base=known, delta_bytes=self.delta_bytes)
         self._digest = digest
-        if self._directory is not None and self._lead:
+        if self._directory is not None and self._segment is not None and self._lead:
             whole = Header(slot, 0, incarnation, version, digest)
-            disk.write(self._directory, self.name, whole, self.manifest, self._payloads[slot])
+            disk.write(self._directory, self.name, whole, self.manifest, torch.from_numpy(self._segment.payload(slot)))
         return as_hex(digest)
 
     def _begin(self, incarnation: int, version: int) -> list[int]:
@@ -105,7 +118,11 @@ class Publisher:
         """Removes the segment; generators that opened it keep what it held."""
         self._payloads, self._deltas = [], []
         if self._segment is not None:
+            if self._slots is not None:
+                self._segment.withdraw()
             self._segment.close()
+        if self._slots is not None:
+            self._slots.close()
         if self._directory is not None and self._lead:
             disk.remove(self._directory, self.name)
 
@@ -123,11 +140,14 @@ def digest(manifest: Manifest, tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def write(
-    payload: Tensor | None, parts: Iterable[Piece], before: Tensor | None = None, changes: Changes | None = None
+    payload: Tensor | Rows | None,
+    parts: Iterable[Piece],
+    before: Tensor | Rows | None = None,
+    changes: Changes | None = None,
 ) -> int:
-    """Writes `parts` into `payload`, uint8 on the host; the sum over them, int64 mod 2^64. `changes` gets what is other
-    than in `before`. Without a payload there are no parts."""
-    total = 0
+    """Writes `parts` into `payload`, uint8; the sum over them, int64 mod 2^64, when all of it is there. `changes` gets
+    what is other than in `before`, where both are on the host. Without a payload there are no parts."""
+    total, sums = 0, []
     for part in parts:
         assert payload is not None
         place, source, dtypes, start = payload[part.place], part.tensor, [part.dtype], part.place.start
@@ -138,8 +158,9 @@ def write(
             changes.append(part.place, delta)
             total += int(added)
             continue
-        bucket = place if source.is_cpu else torch.empty_like(place, device=source.device)
-        total += int(buckets.flatten([source], bucket, [0], dtypes, start))
+        bucket = place if source.device == place.device else torch.empty_like(place, device=source.device)
+        sums.append(buckets.flatten([source], bucket, [0], dtypes, start))
         if bucket is not place:
             place.copy_(bucket)
+    total += int(torch.stack(sums).sum()) if sums else 0  # waits for the device, once
     return (total + 2**63) % 2**64 - 2**63

@@ -2,8 +2,8 @@
 
 File `/dev/shm/leeway-NAME`:
 
-    0      magic, length of the manifest, room of a delta          64 + 64 i    header of slot i
-    4096   manifest (JSON)                                         then, each on a page, two payloads and two deltas
+    0      magic, length of the manifest, rooms of payload and delta    64 + 64 i    header of slot i
+    4096   manifest (JSON)      then, each on a page, two payloads, two deltas, and a table where one is attached
 
 A slot's header is `sequence incarnation version digest base delta_bytes check`, uint64 each; the delta makes the slot's
 payload out of one whose digest is `base`. The one writer makes `sequence` odd, writes payload and delta, then the
@@ -11,7 +11,7 @@ header, and makes `sequence` even again. Readers take no lock, so a reader that 
 nothing behind; a writer killed in the middle leaves its slot odd for ever and the other slot whole. A reader trusts a
 slot whose header has an even sequence and a right `check`, copies it, finds the header unchanged and the copy's digest
 (engine.ops.buckets) equal to `digest`. The last two also cover memory that is not seen in the order in which it was
-written.
+written. Payloads may lie elsewhere (engine.weights.device): then they have no room here, and the table says where.
 
 Other ranks of the writer `join` the segment and write their parts between its `begin` and its `commit`. The writer
 holds a `flock` on the file; a segment that nobody locks was left by a dead process (`remove_stale`).
@@ -40,8 +40,8 @@ NUM_SLOTS = 2
 
 Part = Literal["payload", "delta"]
 
-_MAGIC = b"leeway03"
-_PREAMBLE = struct.Struct("<8sQQ")
+_MAGIC = b"leeway04"
+_PREAMBLE = struct.Struct("<8sQQQ")
 _SLOT_HEADERS_AT = 64
 _SLOT_HEADER_WORDS = 8  # a cache line
 _MANIFEST_AT = mmap.PAGESIZE
@@ -78,23 +78,26 @@ class Segment:
     `open` it to read (the mapping is then read-only)."""
 
     def __init__(
-        self, name: str, fd: int, manifest: Manifest, delta_room: int, *, writable: bool, owned: bool = False
+        self, name: str, fd: int, manifest: Manifest, rooms: tuple[int, int], *, writable: bool, owned: bool = False
     ) -> None:
         self.name = name
         self.manifest = manifest
-        self.delta_room = delta_room  # bytes
+        self.payload_room, self.delta_room = rooms  # bytes
         self._fd = fd
         self._owned = owned
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._bytes = np.frombuffer(mmap.mmap(fd, 0, prot=protection), np.uint8)
-        self._slots_at = _page_up(_MANIFEST_AT + len(manifest.encode()))
+        self._payloads_at = _page_up(_MANIFEST_AT + len(manifest.encode()))
+        self._deltas_at = self._payloads_at + NUM_SLOTS * _page_up(self.payload_room)
+        self._table_at = self._deltas_at + NUM_SLOTS * _page_up(self.delta_room)
 
     @classmethod
-    def create(cls, name: str, manifest: Manifest, delta_room: int = 0) -> Self:
-        """A new segment without a version in it, with room for deltas of so many bytes. Raises `ConfigError` where
-        shared memory is too small."""
+    def create(cls, name: str, manifest: Manifest, delta_room: int = 0, *, payloads: bool = True) -> Self:
+        """A new segment without a version in it, with room for deltas of so many bytes, and for payloads or not.
+        Raises `ConfigError` where shared memory is too small."""
         encoded = manifest.encode()
-        slots = NUM_SLOTS * (_page_up(manifest.num_bytes) + _page_up(delta_room))
+        payload_room = manifest.num_bytes if payloads else 0
+        slots = NUM_SLOTS * (_page_up(payload_room) + _page_up(delta_room))
         size = _page_up(_MANIFEST_AT + len(encoded)) + slots
         fd = _create_locked(_path(name))
         try:
@@ -108,8 +111,8 @@ class Segment:
                 f"{free.f_bavail * free.f_frsize >> 20} MiB free ({error.strerror}); containers: --shm-size"
             ) from error
         os.pwrite(fd, encoded, _MANIFEST_AT)
-        os.pwrite(fd, _PREAMBLE.pack(_MAGIC, len(encoded), delta_room), 0)
-        return cls(name, fd, manifest, delta_room, writable=True, owned=True)
+        os.pwrite(fd, _PREAMBLE.pack(_MAGIC, len(encoded), payload_room, delta_room), 0)
+        return cls(name, fd, manifest, (payload_room, delta_room), writable=True, owned=True)
 
     @classmethod
     def open(cls, name: str) -> Self:
@@ -128,20 +131,29 @@ class Segment:
         except FileNotFoundError as error:
             raise WeightsError(f"there is no segment {_path(name)}: its job has ended or is on another host") from error
         preamble = os.pread(fd, _PREAMBLE.size, 0).ljust(_PREAMBLE.size, b"\0")
-        magic, length, delta_room = _PREAMBLE.unpack(preamble)
+        magic, length, *rooms = _PREAMBLE.unpack(preamble)
         if magic != _MAGIC:
             os.close(fd)
             raise WeightsError(f"{_path(name)} is no segment of this layout: {magic!r}, expected {_MAGIC!r}")
-        return cls(name, fd, Manifest.decode(os.pread(fd, length, _MANIFEST_AT)), delta_room, writable=writable)
+        manifest = Manifest.decode(os.pread(fd, length, _MANIFEST_AT))
+        return cls(name, fd, manifest, (rooms[0], rooms[1]), writable=writable)
+
+    def attach(self, table: bytes) -> None:
+        """Lets those see `table` who open the segment from now on."""
+        os.pwrite(self._fd, table, self._table_at)
+
+    def table(self) -> bytes:
+        """What was attached, else empty."""
+        return os.pread(self._fd, os.fstat(self._fd).st_size - self._table_at, self._table_at)
 
     def payload(self, slot: int) -> np.ndarray:
-        """uint8 [manifest.num_bytes], a view of the shared memory."""
-        start = self._slots_at + slot * _page_up(self.manifest.num_bytes)
-        return self._bytes[start : start + self.manifest.num_bytes]
+        """uint8 [payload_room], a view of the shared memory."""
+        start = self._payloads_at + slot * _page_up(self.payload_room)
+        return self._bytes[start : start + self.payload_room]
 
     def delta(self, slot: int) -> np.ndarray:
         """uint8 [delta_room], a view of the shared memory."""
-        start = self._slots_at + NUM_SLOTS * _page_up(self.manifest.num_bytes) + slot * _page_up(self.delta_room)
+        start = self._deltas_at + slot * _page_up(self.delta_room)
         return self._bytes[start : start + self.delta_room]
 
     def headers(self) -> list[Header]:
@@ -165,6 +177,11 @@ class Segment:
         slot = 1 - whole[0].slot if whole else 0
         self._words(slot)[0] |= np.uint64(1)
         return slot
+
+    def withdraw(self) -> None:
+        """Readers see no version any more."""
+        for slot in range(NUM_SLOTS):
+            self._words(slot)[0] |= np.uint64(1)
 
     def commit(
         self, slot: int, incarnation: int, version: int, digest: int, *, base: int = 0, delta_bytes: int = 0

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
+from torch import Tensor
 
+from engine.blocks import Cuda
 from engine.config import Route
 from engine.keys import JoinKey
 from engine.ops import buckets
 from engine.weights.collective import CollectiveSource
 from engine.weights.delta import apply
+from engine.weights.device import DeviceSource
 from engine.weights.disk import DiskSource
-from engine.weights.manifest import Manifest, WeightsError
+from engine.weights.manifest import HOST, Manifest, WeightsError
 from engine.weights.segment import NUM_SLOTS, Header, Overwritten, Part, Segment, as_hex, exists, host_id, pieces
 from engine.weights.tcp import TcpSource
 
@@ -27,15 +29,16 @@ class Source(Protocol):
     """Where a subscriber reads: the segment itself, or a server in front of it."""
 
     manifest: Manifest
+    device: torch.device  # on which it reads into memory
     far: bool  # its bytes cost more than a copy in memory does, so deltas are worth their while
 
     def headers(self) -> list[Header]:
         """The whole versions there are now, newest first."""
         ...
 
-    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[tuple[slice, int]]:
-        """Fills `into`, uint8 [bytes of the part], yielding each piece in order as it lands, with the sum over it.
-        Raises `Overwritten`."""
+    def read(self, header: Header, part: Part, into: Tensor) -> Iterator[tuple[slice, int]]:
+        """Fills `into`, uint8 [bytes of the part] on `device`, yielding each piece in order as it lands, with the sum
+        over it. Raises `Overwritten`."""
         ...
 
     def close(self) -> None: ...
@@ -49,21 +52,22 @@ class Staged:
     incarnation: int
     version: int
     digest: str  # of the payload, equal to the publisher's
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Tensor]
     num_bytes: int  # that travelled
 
 
-Memory = Callable[[int], torch.Tensor]
+Memory = Callable[[int, torch.device], Tensor]  # (bytes, where)
 
 
-def fresh(num_bytes: int) -> torch.Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8)
+def fresh(num_bytes: int, device: torch.device) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 class SharedSource:
     """A `Source` in the memory of this host: each piece is copied and summed in one pass, without the GIL."""
 
     far = False
+    device = HOST
 
     def __init__(self, segment: str):
         self._segment = Segment.open(segment)
@@ -77,11 +81,10 @@ class SharedSource:
                 for slot in range(NUM_SLOTS)
             }
 
-    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[tuple[slice, int]]:
-        target = torch.from_numpy(into)
+    def read(self, header: Header, part: Part, into: Tensor) -> Iterator[tuple[slice, int]]:
         for piece in pieces(len(into), SHARED_PIECE_BYTES):
             source = self._parts[part, header.slot][piece]
-            total = buckets.flatten([source], target[piece], [0], [torch.uint8], piece.start)
+            total = buckets.flatten([source], into[piece], [0], [torch.uint8], piece.start)
             self._segment.check(header)
             yield piece, int(total)
 
@@ -93,7 +96,7 @@ class SharedSource:
 class Copy:
     """A version in memory of ours."""
 
-    def __init__(self, payload: torch.Tensor):
+    def __init__(self, payload: Tensor):
         self.payload = payload
         self.total = 0  # the sum over the payload
         self.digest: int | None = None  # none while it is not whole
@@ -106,14 +109,19 @@ class Copy:
 
 
 class Subscriber:
-    """Stages versions from `source` in memory of the host, which `memory` gives for a number of bytes and is asked for
-    twice. The version staged last is the base of the next delta; where that is over another base, or not there, or
+    """Stages versions from `source` in memory of its device, which `memory` gives for a number of bytes and is asked
+    for twice. The version staged last is the base of the next delta; where that is over another base, or not there, or
     the source is near, the whole version is read. One call at a time; it may come from any thread."""
 
     def __init__(self, source: Source, memory: Memory = fresh):
         self.manifest = source.manifest
         self._source = source
-        given = {payload.data_ptr(): payload for payload in (memory(self.manifest.num_bytes) for _ in range(2))}
+        try:
+            payloads = [memory(self.manifest.num_bytes, source.device) for _ in range(2)]
+        except RuntimeError as error:
+            size = self.manifest.num_bytes >> 20
+            raise WeightsError(f"stage: no room on {source.device} for versions of {size} MiB; {error}") from error
+        given = {payload.data_ptr(): payload for payload in payloads}
         self._copies = [Copy(payload) for payload in given.values()]  # the newest is the last
 
     def stage(self, incarnation: int, version: int) -> Staged:
@@ -158,13 +166,13 @@ class Subscriber:
 
     def _read(self, header: Header, copy: Copy) -> int:
         copy.total = 0
-        for _, added in self._source.read(header, "payload", copy.payload.numpy()):
+        for _, added in self._source.read(header, "payload", copy.payload):
             copy.total += added
         return self.manifest.num_bytes
 
     def _apply(self, header: Header, base: Copy, copy: Copy) -> int:
         encoded = torch.empty(header.delta_bytes, dtype=torch.uint8)
-        for _ in self._source.read(header, "delta", encoded.numpy()):
+        for _ in self._source.read(header, "delta", encoded):
             pass
         copy.become(base)
         try:
@@ -178,7 +186,7 @@ class Subscriber:
 class Place:
     """Where a job's weights are: the segment's name, the `host_id` where it is, the address ("tcp://HOST:PORT") of the
     server in front of it, the key to that, and for the route "disk" a directory. `timeout_s` bounds each wait for the
-    server, `broadcast_s` each step of a broadcast; `device` is where those may arrive, as a configuration names it."""
+    server, `broadcast_s` each step of a broadcast; `device` is the generator's, as a configuration names it."""
 
     segment: str
     host: str
@@ -197,7 +205,17 @@ ROUTES: dict[str, Callable[[Place], Source]] = {
         place.address, place.timeout_s, place.key, place.broadcast_s, place.device
     ),
     "disk": lambda place: DiskSource(Path(place.directory), place.segment),
+    "cuda_ipc": lambda place: DeviceSource(place.segment, _cuda(place)),
 }
+
+
+def _cuda(place: Place) -> Cuda:
+    if place.host != host_id():
+        raise WeightsError(f"weights.route = 'cuda_ipc': is for generators of {place.host} alone, this is {host_id()}")
+    try:
+        return Cuda(torch.device("cuda" if place.device == "auto" else place.device))
+    except RuntimeError as error:
+        raise WeightsError(f"weights.route = 'cuda_ipc': {error}") from error
 
 
 def subscribe(route: Route, memory: Memory = fresh, **place: Any) -> Subscriber:

@@ -14,12 +14,12 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
-import torch
 import zmq
+from torch import Tensor
 
 from engine.keys import JoinKey, Lock
 from engine.ops import buckets
-from engine.weights.manifest import Manifest, WeightsError
+from engine.weights.manifest import HOST, Manifest, WeightsError
 from engine.weights.segment import Header, Overwritten, Part, Segment, pieces
 
 PIECES_AHEAD = 8
@@ -160,6 +160,7 @@ class TcpSource:
     """A `Source` behind a `Server` at `address`. Every wait ends after `timeout_s` seconds with a `WeightsError`."""
 
     far = True
+    device = HOST
 
     def __init__(self, address: str, timeout_s: float, key: JoinKey | None = None) -> None:
         self._address = address
@@ -171,7 +172,7 @@ class TcpSource:
     def headers(self) -> list[Header]:
         return msgspec.msgpack.decode(self._ask(Look()), type=list[Header])
 
-    def read(self, header: Header, part: Part, into: np.ndarray) -> Iterator[tuple[slice, int]]:
+    def read(self, header: Header, part: Part, into: Tensor) -> Iterator[tuple[slice, int]]:
         places = list(pieces(len(into)))
         requests = [Read(header, place.start, place.stop, part) for place in places]
         with self._connect() as socket:  # a new connection: answers to an abandoned read die with its own
@@ -181,10 +182,10 @@ class TcpSource:
                 data = self._receive(socket, f"version {header.age}, byte {place.start}")
                 if len(data) != place.stop - place.start:
                     raise Overwritten
-                into[place] = np.frombuffer(data, np.uint8)
+                into.numpy()[place] = np.frombuffer(data, np.uint8)
                 for request in requests[number + PIECES_AHEAD : number + PIECES_AHEAD + 1]:
                     socket.send(msgspec.msgpack.encode(request))
-                yield place, int(buckets.checksum(torch.from_numpy(into[place]), place.start))
+                yield place, int(buckets.checksum(into[place], place.start))
 
     def enter(self, entry: Enter, timeout_s: float) -> Call | None:
         """The group that this member is called to, if it is."""
