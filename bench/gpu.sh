@@ -16,13 +16,14 @@ driver=$(mktemp -d)/driver
 bash tests/driver/cuda.sh "$driver" >"$OUT/gpu-driver-build.log" 2>&1 &
 python setup.py --quiet build_ext --inplace || exit 1
 wait
-step tests 90 python -m pytest -q -m gpu
+step tests 130 python -m pytest -q -m gpu
 step driver 30 "$driver"
 step token-loss 60 python bench/token_loss.py --device cuda
 step linear-loss 60 python bench/linear_loss.py --device cuda
 for tool in memcheck racecheck initcheck synccheck; do
   step "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 1 "$driver"
 done
+step weights 40 python bench/weights.py --device cuda
 step flatten 30 python bench/flatten.py --device cuda
 step packing 20 python bench/packing.py --device cuda
 step gae 15 python bench/gae.py --device cuda

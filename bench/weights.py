@@ -1,4 +1,6 @@
-"""How fast do weights reach a generator, and how long does it stand still? python bench/weights.py [--quick]
+"""How fast do weights reach a generator, and how long does it stand still?
+
+    python bench/weights.py [--device cpu|cuda] [--quick]
 
 full     a version staged whole, by shared memory, TCP, encrypted TCP, a broadcast by gloo and disk: payload bytes a
          second, its checksum verified; and published, which casts and sums
@@ -12,6 +14,10 @@ Limits measured in the same rounds: a copy of as many bytes (the source read, th
 over the loopback interface (recv_into from another process). Peers: `torch.save` and load through a file, a gloo
 broadcast tensor by tensor between two processes, and tensors pickled one at a time through a pipe, as one
 `update_weights_from_tensor` a parameter would have them.
+
+On CUDA: a version published into the GPU's memory and staged from there by another process on the same GPU, whole and
+verified, against two copies of as many bytes there; the learner's weights in bfloat16, and in float32, of which it
+reads twice as much.
 """
 
 import argparse
@@ -38,18 +44,20 @@ sys.path.insert(0, str(ROOT))
 
 from bench import results  # noqa: E402
 from bench.flatten import transformer  # noqa: E402
+from engine.blocks import Cuda  # noqa: E402
 from engine.config import Generator, Model  # noqa: E402
 from engine.generators.embedded import Embedded  # noqa: E402
 from engine.keys import Lock  # noqa: E402
 from engine.model import build  # noqa: E402
 from engine.policy import named_tensors  # noqa: E402
 from engine.schema import Lease, Prompt, Sampling  # noqa: E402
-from engine.weights import Manifest, Publisher, Server, Subscriber, subscribe  # noqa: E402
+from engine.weights import Manifest, Publisher, Server, Slots, Subscriber, host_id, subscribe  # noqa: E402
 from engine.weights.collective import Broadcaster  # noqa: E402
 from engine.weights.subscribe import SharedSource  # noqa: E402
 
 ROUNDS, QUICK_ROUNDS = 7, 3
 SIZES = {True: 20e6, False: 200e6}
+GPU_SIZES = {True: 100e6, False: 1e9}
 CHANGED = 100
 DENSE_BEFORE, DENSE_WINDOW, DENSE_WINDOWS = 70, 65, 2  # versions until one in 65 is compared
 WIDTHS = {True: 256, False: 1024}  # of the model that pauses, 4 million and 55 million parameters
@@ -179,14 +187,18 @@ def versions(tensors: list[Tensor]) -> Iterator[Named]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    options = parser.parse_args()
+    quick, rounds = options.quick, QUICK_ROUNDS if options.quick else ROUNDS
     torch.manual_seed(0)
-    stream = versions(transformer(SIZES[quick], "cpu"))
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    rows = measure(stream, rounds) + dense(next(stream)) + pauses(WIDTHS[quick], rounds)
-    results.keep("weights", "cpu", rows, quick=quick)
+    if options.device == "cuda":
+        wide = transformer(GPU_SIZES[quick], "cuda")
+        rows = [row for dtype in (torch.bfloat16, torch.float32) for row in between_processes(wide, dtype, rounds)]
+    else:
+        stream = versions(transformer(SIZES[quick], "cpu"))
+        rows = measure(stream, rounds) + dense(next(stream)) + pauses(WIDTHS[quick], rounds)
+    results.keep("weights", options.device, rows, quick=quick)
 
 
 def measure(stream: Iterator[Named], rounds: int) -> list[dict[str, Any]]:
@@ -357,6 +369,49 @@ def pauses(width: int, rounds: int) -> list[dict[str, Any]]:
         shares = [a / b for a, b in zip(staging[parity::2], took, strict=True)][2:]
         rows.append(results.row(case, "transfers by shm", shares, [1.0] * len(shares), "one", goal))
     return rows
+
+
+def between_processes(tensors: list[Tensor], dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """From the learner's weights in `dtype` to another process, through the memory of their GPU."""
+    named = [(f"w{number}", tensor.to(dtype)) for number, tensor in enumerate(tensors)]
+    manifest, name = Manifest.of(named, torch.bfloat16), f"bench-{os.getpid()}"
+    source, target = (torch.zeros(manifest.num_bytes, dtype=torch.uint8, device="cuda") for _ in range(2))
+    device = source.device
+
+    def copy() -> None:
+        target.copy_(source)
+        torch.cuda.synchronize(device)
+
+    copies, published, staged = [], [], []
+    with ExitStack() as stack:
+        publisher = stack.enter_context(closing(Publisher(name, manifest, slots=Slots(Cuda(device), named))))
+        pipe, theirs = _spawn.Pipe()
+        process = _spawn.Process(target=stage_for_ever, args=(name, theirs), daemon=True)
+        process.start()
+        stack.callback(process.kill)
+        for version in range(rounds + 2):
+            copies.append(seconds(copy))
+            published.append(seconds(partial(publisher.publish, 0, version, named)))
+            pipe.send(version)
+            staged.append(pipe.recv())
+    del copies[:2], published[:2], staged[:2]  # in which memory is made and kernels are loaded
+    gigabytes = manifest.num_bytes / 1e9
+    one, two = [gigabytes / each for each in copies], [gigabytes / 2 / each for each in copies]
+    whole = [gigabytes / (a + b) for a, b in zip(published, staged, strict=True)]
+    case, goal = f"cuda_ipc from {str(dtype).removeprefix('torch.')}", 0.80 if dtype == torch.bfloat16 else None
+    return [
+        results.row(f"{case}, published and staged", "GB/s", whole, two, "two copies", goal),
+        results.row(f"{case}, published", "GB/s", [gigabytes / each for each in published], one, "one copy", None),
+        results.row(f"{case}, staged", "GB/s", [gigabytes / each for each in staged], one, "one copy", None),
+    ]
+
+
+def stage_for_ever(name: str, pipe: Any) -> None:
+    place = {"segment": name, "host": host_id(), "address": "", "timeout_s": 60.0, "device": "cuda"}
+    with closing(subscribe("cuda_ipc", **place)) as subscriber:
+        while True:
+            version = pipe.recv()
+            pipe.send(seconds(lambda: subscriber.stage(0, version)))
 
 
 if __name__ == "__main__":

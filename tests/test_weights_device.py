@@ -81,9 +81,7 @@ def test_a_version_arrives_bit_for_bit_and_not_through_the_segment(name: str) ->
         assert (segment.DIRECTORY / f"{segment.PREFIX}{name}").stat().st_size < 20_000 < manifest.num_bytes
         with closing(Segment.open(name)) as seen:
             assert len(seen.payload(0)) == 0
-    expected = [
-        tensor.detach().to(manifest.entries[number].torch_dtype) for number, (_, tensor) in enumerate(given)
-    ]
+    expected = [tensor.detach().to(manifest.entries[number].torch_dtype) for number, (_, tensor) in enumerate(given)]
     for (key, _), tensor in zip(given, expected, strict=True):
         assert staged.tensors[key].dtype == tensor.dtype and torch.equal(staged.tensors[key], tensor), key
     payload = torch.zeros(manifest.num_bytes, dtype=torch.uint8)
