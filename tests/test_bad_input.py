@@ -261,6 +261,11 @@ def test_run_directory_below_a_file(refusal, root: Path) -> None:
     assert line == f"weights.directory = '{root}/file/mine': cannot make anything in {root}/file"
 
 
+def test_weights_between_gpus_without_a_gpu(refusal) -> None:
+    line = refusal("--weights.route=cuda_ipc", "--learner.device=cpu")
+    assert line == "weights.route = 'cuda_ipc': goes from GPU to GPU of one host, but learner.device is 'cpu'"
+
+
 # ---- resuming --------------------------------------------------------------------------------------------------
 
 

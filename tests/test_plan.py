@@ -127,3 +127,10 @@ def test_memory_follows_the_configuration() -> None:
     assert plain["learner"] - recomputed == 4 * 32 * 16 * (2 * 34 - 34 - 2 * 2)
     half = memory(*job("generator.dtype=bfloat16"))
     assert (half["generator"], half["shared weights"]) == (plain["generator"] / 2, plain["shared weights"] / 2)
+
+
+def test_versions_handed_over_between_gpus_lie_on_the_learners() -> None:
+    plain = memory(*job(ranks=3))
+    between = memory(*job("weights.route=cuda_ipc", ranks=3))
+    assert between["learner"] - plain["learner"] == plain["shared weights"] / 2  # two learners
+    assert between["shared weights"] == 0
