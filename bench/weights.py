@@ -411,7 +411,7 @@ def stage_for_ever(name: str, pipe: Any) -> None:
     with closing(subscribe("cuda_ipc", **place)) as subscriber:
         while True:
             version = pipe.recv()
-            pipe.send(seconds(lambda: subscriber.stage(0, version)))
+            pipe.send(seconds(partial(subscriber.stage, 0, version)))
 
 
 if __name__ == "__main__":

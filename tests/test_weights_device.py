@@ -1,10 +1,12 @@
 """Versions that lie outside of the segment, in blocks: here blocks of the host. What holds of other routes holds."""
 
+import json
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from test_weights_kill import MANIFEST as MANY
 from test_weights_kill import NAME, constant, last, spawned, version_of
 
 from engine.blocks import Block, Host
+from engine.generators import guest
 from engine.ops import buckets
 from engine.weights import (
     Manifest,
@@ -42,9 +45,10 @@ from engine.weights import (
     subscribe,
 )
 from engine.weights.device import DeviceSource
-from engine.weights.segment import Segment, as_hex
+from engine.weights.segment import Overwritten, Segment, as_hex
 
 WAIT_S = 20.0
+SHAPES = {entry.name: entry.shape for entry in MANIFEST.entries}
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +103,37 @@ def test_a_publisher_that_closes_takes_its_versions_back(name: str) -> None:  # 
         with pytest.raises(WeightsError, match="no whole copy"):
             subscriber.stage(0, 1)
         assert values(staged.tensors) == {1.0}
+
+
+def test_an_overwrite_ends_the_read_at_its_next_chunk(publisher: Publisher) -> None:
+    publisher.publish(0, 1, tensors(1))
+    with closing(DeviceSource(publisher.name, Host())) as reader:
+        landed = reader.read(reader.headers()[0], "payload", torch.empty(MANIFEST.num_bytes, dtype=torch.uint8))
+        next(landed)
+        for version in (2, 3):
+            publisher.publish(0, version, tensors(version))
+        with pytest.raises(Overwritten):
+            next(landed)
+
+
+def test_a_server_copies_from_the_block_of_its_generator_and_lets_an_earlier_ones_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`guest.load` as SGLang calls it, with a model that keeps what it is given."""
+    monkeypatch.setattr(guest, "_opened", {})
+    loaded: dict[str, torch.Tensor] = {}
+    model = SimpleNamespace(load_weights=lambda views: loaded.update((key, view.clone()) for key, view in views))
+    for value in (1.0, 2.0):
+        block = Host().allocate(MANIFEST.num_bytes)
+        for view in MANIFEST.views(block.tensor).values():
+            view.fill_(value)
+        order = {"device": "cpu", "handle": block.handle.hex(), "num_bytes": MANIFEST.num_bytes}
+        listed = [(entry.name, entry.dtype, entry.shape, entry.offset) for entry in MANIFEST.entries]
+        for _ in range(2):
+            guest.load(model, [(json.dumps({**order, "tensors": listed}), None)])
+        assert values(loaded) == {value} and {key: view.shape for key, view in loaded.items()} == SHAPES
+        assert list(guest._opened) == [block.handle.hex()]
+        block.close()
 
 
 def test_too_little_memory_says_how_much_is_needed(name: str) -> None:  # noqa: F811

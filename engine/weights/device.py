@@ -107,9 +107,10 @@ class DeviceSource:
         try:
             shares = msgspec.msgpack.decode(self._segment.table(), type=list[Share])
             for slot in range(NUM_SLOTS):
-                blocks = [allocator.open(share.handles[slot], share.num_bytes) for share in shares]
-                self._blocks += blocks
-                self._chunks.append(_chunks(shares, [block.tensor for block in blocks]))
+                for share in shares:
+                    self._blocks.append(allocator.open(share.handles[slot], share.num_bytes))
+                tensors = [block.tensor for block in self._blocks[slot * len(shares) :]]
+                self._chunks.append(_chunks(shares, tensors))
         except (RuntimeError, msgspec.DecodeError) as error:
             self.close()
             raise WeightsError(f"weights.route = 'cuda_ipc': {error}") from error

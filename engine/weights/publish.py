@@ -54,19 +54,24 @@ class Publisher:
         self._payloads: Sequence[Tensor | Rows] = [torch.from_numpy(segment.payload(slot)) for segment, slot in seen]
         self._slots = slots
         if slots is not None:
-            try:
-                self._payloads, table = slots.allocate(manifest, self._sees)
-            except WeightsError:
-                if segment is not None:
-                    segment.close()
-                raise
-            if segment is not None and self._lead:
-                segment.attach(table)
+            self._payloads = self._outside(slots)
         self._deltas = [torch.from_numpy(segment.delta(slot)) for segment, slot in seen]
         self._directory = Path(directory) if directory else None
         self._worth = Worth()
         self._digest = 0  # of the newest version
         self.delta_bytes = 0  # of the newest version; 0 where it has none
+
+    def _outside(self, slots: Slots) -> list[Rows]:
+        """The payloads where they lie in `slots`, of which readers then know."""
+        try:
+            payloads, table = slots.allocate(self.manifest, self._sees)
+        except WeightsError:
+            if self._segment is not None:
+                self._segment.close()
+            raise
+        if self._segment is not None and self._lead:
+            self._segment.attach(table)
+        return payloads
 
     def publish(self, incarnation: int, version: int, tensors: Iterable[tuple[str, Tensor]]) -> str:
         """Writes `tensors`, in manifest order, over the older version; the payload's digest as hex. All ranks call it
