@@ -165,7 +165,8 @@ def test_a_writer_killed_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def sample_staged(pipe: Connection, name: str) -> None:
-    model = policy().cuda().requires_grad_(False)
+    model: Any = policy()
+    model.to(GPU).requires_grad_(False)
     engine = Embedded(model, parse(TABLE).generator, context=64, stop_ids=[1], text=lambda ids: "")
     with closing(connect(name, memory=engine.memory)) as subscriber:
         engine.manifest.require(subscriber.manifest)
@@ -180,7 +181,8 @@ def sample_staged(pipe: Connection, name: str) -> None:
 
 
 def test_the_embedded_generator_samples_from_what_it_staged() -> None:
-    model = policy().cuda()
+    model: Any = policy()
+    model.to(GPU)
     named = list(named_tensors(model))
     manifest = Manifest.of(named, torch.float32)
     with closing(Publisher(NAME, manifest, slots=Slots(Cuda(GPU), named))) as publisher, torch.no_grad():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_a_segment_that_holds_its_versions_has_no_table(name: str) -> None:  # n
     ],
 )
 def test_a_generator_that_cannot_is_told(
-    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, place: dict[str, str], message: str
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, place: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(WeightsError, match=f"weights.route = 'cuda_ipc': {message}"):
