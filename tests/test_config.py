@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -195,7 +196,7 @@ def test_the_round_trip_holds_awkward_values(minimal):
 )  # fmt: skip
 def test_a_path_may_begin_at_home(minimal, monkeypatch, field):
     monkeypatch.setenv("HOME", "/home/one")
-    value = load(minimal, [f"--{field}=~/here", "--model.init={}", "--model.path=~/here", *FILE, *DISK])
+    value: Any = load(minimal, [f"--{field}=~/here", "--model.init={}", "--model.path=~/here", *FILE, *DISK])
     for name in field.split("."):
         value = value[int(name)] if name.isdigit() else getattr(value, name)
     assert value == "/home/one/here"

@@ -127,8 +127,8 @@ def test_a_take_that_no_group_will_come_for_is_refused(between: Between, monkeyp
     between.join(99)
     between.learner.send(Take(4, 0))
     between.hear(lambda: between.loop._open)
-    leases = between.grant()
-    assert between.loop._try(between.loop._open, 0.0) is None
+    leases, take = between.grant(), between.loop._open
+    assert take is not None and between.loop._try(take, 0.0) is None
     for lease in leases:
         between.generator.send(Result(fake_run.result(lease, errors=lease.num_samples)))
     between.hear(lambda: between.coordinator.hopeless)
