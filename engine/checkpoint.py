@@ -15,7 +15,9 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,9 @@ def is_whole(path: Path) -> bool:
     """Whether every file that the manifest in `path` names is there with its size and hash."""
     try:
         manifest = read(path)
-        return all(_file(path / name) == file for name, file in manifest.files.items())
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(_file, (path / name for name in manifest.files))
+            return all(map(eq, found, manifest.files.values()))
     except (OSError, msgspec.DecodeError):
         return False
 
@@ -156,6 +160,8 @@ def _quiet() -> Iterator[None]:
 
 def _manifest(learner: Learner, folder: Path) -> Manifest:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:  # hashing leaves the GIL, and the other ranks wait
+        known = dict(zip((str(path.relative_to(folder)) for path in files), pool.map(_file, files), strict=True))
     return Manifest(
         schema_version=SCHEMA_VERSION,
         step=learner.steps,
@@ -164,7 +170,7 @@ def _manifest(learner: Learner, folder: Path) -> Manifest:
         bad_updates=learner.bad_updates,
         bad_in_a_row=learner.bad_in_a_row,
         num_ranks=parallel.num_ranks(),
-        files={str(path.relative_to(folder)): _file(path) for path in files},
+        files=known,
     )
 
 
@@ -178,8 +184,8 @@ def _file(path: Path) -> File:
 
 def _publish(folder: Path, final: Path) -> None:
     """Forces `folder` to disk and renames it to `final`; what stood there stays a candidate until then."""
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_sync, (*folder.rglob("*"), folder)))
     displaced = final.with_name(f"{final.name}.old")
     shutil.rmtree(displaced, ignore_errors=True)
     if final.exists():

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from engine.rules import faults
 from rewards.options import Count, Misfit, Natural, Positive, Unsigned, convert
 
 
@@ -34,7 +35,6 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
 Mass = Annotated[float, Meta(gt=0, le=1)]
 Text = Annotated[str, Meta(min_length=1)]
-OF_GROUPS = ("group_mean", "group_norm", "leave_one_out")  # advantages against the others of the group
 Route = Literal["auto", "shm", "tcp", "disk", "collective", "cuda_ipc"]  # of weights; see engine.weights
 Slot = dict[str, Any]  # {name = "...", keyword arguments of the function}: checked against its signature at launch
 
@@ -151,7 +151,8 @@ class Optimizer(Struct, kw_only=True):
     weight_decay: Unsigned = 0.0
     clip_norm: Positive = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Natural = 0
+    lr_end: Unsigned = 0.0  # to which linear and cosine fall
+    warmup_steps: Natural = 0  # updates
 
 
 class Learner(Optimizer, kw_only=True):
@@ -361,7 +362,8 @@ def parse(table: dict[str, Any]) -> Config:
     except Misfit as error:
         raise ConfigError(str(error)) from error
     config = resolved(config)
-    check(config)
+    for fault in faults(config):
+        raise ConfigError(fault)
     return config
 
 
@@ -413,66 +415,6 @@ def _text(field: str, template: str, marks: tuple[str, ...]) -> str:
     if not any(mark in text for mark in marks):
         raise ConfigError(f"{field} = {template!r}: {allowed}")
     return text
-
-
-def check(config: Config) -> None:
-    """What a type cannot say. Raises `ConfigError`."""
-    if config.generator.top_p != 1.0 or config.generator.top_k != 0:
-        raise ConfigError(
-            f"generator.top_p = {config.generator.top_p}, generator.top_k = {config.generator.top_k}: training needs "
-            "top_p = 1 and top_k = 0 (truncated sampling has no usable log-probabilities); [evaluation] may truncate"
-        )
-    if bool(config.model.path) == bool(config.model.init):
-        raise ConfigError(
-            f"model.path = {config.model.path!r}: exactly one of model.path and [model.init] is needed; "
-            "--model.init={} drops the file's"
-        )
-    if config.generator.engine == "embedded" and config.generator.gpus != 1:
-        raise ConfigError(f"generator.gpus = {config.generator.gpus}: more than 1 needs generator.engine = 'sglang'")
-    if (config.weights.route == "disk") != bool(config.weights.directory):
-        directory = config.weights.directory
-        raise ConfigError(f"weights.directory = {directory!r}: is needed where weights.route = 'disk', and only there")
-    if config.weights.route == "collective" and not config.placement.trusted:
-        raise ConfigError(
-            "weights.route = 'collective': neither NCCL nor gloo encrypts or asks for a key, so that needs "
-            "placement.trusted = true"
-        )
-    if 3 * config.deadlines.heartbeat_s > config.deadlines.lease_s:
-        raise ConfigError(
-            f"deadlines.lease_s = {config.deadlines.lease_s}: must be at least 3 * deadlines.heartbeat_s = "
-            f"{3 * config.deadlines.heartbeat_s}, or generators that live count as silent"
-        )
-    if not config.domains:
-        raise ConfigError("domains: at least one [[domains]] table is needed")
-    advantage = config.algorithm.advantage["name"]
-    if config.run.group_size == 1 and advantage in OF_GROUPS:
-        raise ConfigError(f"run.group_size = 1: algorithm.advantage {advantage!r} of a group of one is always 0")
-    names = [domain.name for domain in config.domains]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"domains: the name {name!r} stands twice")
-    for number, domain in enumerate(config.domains):
-        for name in ("path", "eval_path", "columns"):
-            if (value := getattr(domain, name)) and domain.source != "file":
-                raise ConfigError(f"domains.{number}.{name} = {value!r}: only where source = 'file'")
-    if config.critic.shared and config.critic.path:
-        raise ConfigError(f"critic.path = {config.critic.path!r}: a shared critic has no model of its own")
-    if config.learner.updates_per_step > config.run.groups_per_step:
-        raise ConfigError(
-            f"learner.updates_per_step = {config.learner.updates_per_step}: must be at most run.groups_per_step = "
-            f"{config.run.groups_per_step}"
-        )
-    longest = config.model.context
-    if config.learner.tokens_per_micro_batch < longest:
-        raise ConfigError(
-            f"learner.tokens_per_micro_batch = {config.learner.tokens_per_micro_batch}: must be at least the longest "
-            f"sequence, model.context = {longest}"
-        )
-    if config.generator.max_new_tokens >= longest:
-        raise ConfigError(
-            f"generator.max_new_tokens = {config.generator.max_new_tokens}: leaves no room for a prompt in "
-            f"model.context = {longest}"
-        )
 
 
 def to_toml(config: Config) -> str:

@@ -51,7 +51,7 @@ class Reference:
         if len(targets) <= self._rows:
             return self._score_rows(hidden, targets)
         pieces = [
-            checkpoint(self._score_rows, *piece, use_reentrant=False)
+            checkpoint(self._score_rows, *piece, use_reentrant=False, preserve_rng_state=False)
             for piece in zip(hidden.split(self._rows), targets.split(self._rows), strict=True)
         ]
         logprobs, entropies = zip(*pieces, strict=True)

@@ -26,11 +26,11 @@ from engine import checkpoint, keys, plan, stages, tokenizer, warm_start
 from engine.algorithms.method import compose
 from engine.config import Config, ConfigError, Model, load
 from engine.generators.table import check_generator
-from engine.hub import check_model
 from engine.learner_loop import Job, Mismatch, learn
 from engine.metrics import check_tracking
 from engine.model import build, check_isolation, describe
 from engine.optimizer import NonFinite
+from engine.origin import check_model
 from engine.placement import Seat, check_devices, check_route, join_learners, limit_collectives, rendezvous, seat
 from engine.process import ProcessDied, Stopped, StopSignal, Supervisor, answer_with_stacks, die_with_parent
 from engine.prompts import Prompts

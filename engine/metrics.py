@@ -296,7 +296,12 @@ class Recorder:
     def _open_wandb(self, config: Config, directory: Path) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        run = wandb.init(project=config.tracking.wandb_project, name=directory.name, dir=str(directory))
+        run = wandb.init(
+            project=config.tracking.wandb_project,
+            name=directory.name,
+            dir=str(directory),
+            config=msgspec.to_builtins(config),
+        )
         run.define_metric("step")
         run.define_metric("*", step_metric="step")  # its own count takes no row of a step that has passed
         self._writers.append(lambda numbers, step: run.log({**numbers, "step": step}))

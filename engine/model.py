@@ -224,7 +224,7 @@ def check_isolation(model: PreTrainedModel) -> None:
         raise ConfigError(f"model: {type(model).__name__} takes no layout of packed sequences")
     first, second = 11, 12
     device = model.device
-    drawn = np.random.default_rng(0).integers(model.config.vocab_size, size=first + second)
+    drawn = np.random.default_rng(0).integers(model.config.get_text_config().vocab_size, size=first + second)
     token_ids = torch.from_numpy(drawn).to(device)
     positions = torch.cat([torch.arange(first), torch.arange(second)]).to(device)
     both = Layout(np.array([0, first, first + second]))

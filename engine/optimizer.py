@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from engine import parallel
 from engine.config import Optimizer
 
-SCHEDULES: dict[str, Callable[[float], float]] = {  # factor of the learning rate, by the share of updates made
+SCHEDULES: dict[str, Callable[[float], float]] = {  # of the way from `lr_end` to `lr`, by the share of updates made
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
@@ -39,12 +39,12 @@ def adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
 
 
 def learning_rate(settings: Optimizer, updates: int, total: int) -> float:
-    """The rate of the update after `updates` ones: a linear rise over `warmup_steps`, then the schedule until
+    """The rate of the update after `updates` ones: a linear rise over `warmup_steps`, then the schedule to `lr_end` at
     `total`."""
     if updates < settings.warmup_steps:
         return settings.lr * (updates + 1) / settings.warmup_steps
     progress = (updates - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    return settings.lr * SCHEDULES[settings.schedule](min(1.0, progress))
+    return settings.lr_end + (settings.lr - settings.lr_end) * SCHEDULES[settings.schedule](min(1.0, progress))
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -26,6 +26,7 @@ def shard(
     """Moves every block and then `root` (embeddings, last norm, head) to `device`, each sharded over all ranks as it
     comes there, in place. All ranks get rank 0's values: the others' parameters and buffers may be on the meta device.
 
+    What has no gradient is gathered for the time of a forward only: no backward would give it back.
     Gradients are summed over ranks, not averaged: the loss already divides by the global counts. In mixed precision
     the computation is in bfloat16, the parameters and the reduction of gradients in float32. `exact_root` excepts
     from it what is outside the blocks: the head, and with it an embedding that may be tied to it.
@@ -33,7 +34,7 @@ def shard(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    parameter = next(root.parameters())
+    parameter, frozen = next(root.parameters()), not any(p.requires_grad for p in root.parameters())
     values = {name: tensor.detach() for name, tensor in _tensors(root)}  # FSDP2 exchanges what the parameters hold
     mesh = init_device_mesh(device.type, (num_ranks(),), mesh_dim_names=("learners",))
     for module in (*blocks, root):
@@ -44,7 +45,7 @@ def shard(
             output_dtype=parameter.dtype if exact_root and module in blocks[-1:] else None,
             cast_forward_inputs=module is not root,  # the root's: advantages and log-probabilities stay in float32
         )
-        sharded = fully_shard(module, mesh=mesh, mp_policy=precision)
+        sharded = fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=frozen or None)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows neither averages nor scaled sums
     if any(tensor.is_meta for tensor in values.values()):

@@ -96,7 +96,8 @@ def _slot(slot: Slot) -> str:
 
 def _rate(settings: Optimizer) -> str:
     warmup = f" after {settings.warmup_steps} updates of warm-up" if settings.warmup_steps else ""
-    return f"{settings.lr:g}, {settings.schedule}{warmup}"
+    end = f" to {settings.lr_end:g}" if settings.schedule != "constant" else ""
+    return f"{settings.lr:g}, {settings.schedule}{end}{warmup}"
 
 
 def _changes(table: dict[str, Any], inside: str = "") -> Iterator[str]:

@@ -90,7 +90,7 @@ class Policy(nn.Module):
         hidden = hidden.index_select(0, batch.rows)
         if read:
             return hidden
-        hidden = hidden * (self._temperature / batch.temperature).to(hidden.dtype).unsqueeze(1)
+        hidden.mul_((self._temperature / batch.temperature).unsqueeze(1))  # in float32 before it is rounded
         if tokens is None:
             return self._head.score(hidden, batch.targets)
         return self._head.loss(hidden, batch.targets, tokens, **counts)
@@ -122,7 +122,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def recompute_activations(model: nn.Module) -> None:
     """Keeps only each block's input for backward and computes its inside twice; parameter names stay as they are."""
     for block in blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

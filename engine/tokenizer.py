@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from engine.config import ConfigError, Model, Tokenizer
-from engine.hub import check_model
+from engine.origin import check_model
 from rewards.spelling import suggestion
 
 if TYPE_CHECKING:

@@ -101,7 +101,9 @@ def test_a_configuration_is_frozen(minimal):
         (["--deadlines.take_s=0"], ["deadlines.take_s = 0", "> 0"]),
         (["--run.group_size=1"], ["run.group_size = 1", "'group_norm' of a group of one is always 0"]),
         (["--algorithm.entropy=nan"], ["algorithm.entropy = nan", ">= 0"]),
-        (["--deadlines.lease_s=5"], ["deadlines.lease_s = 5.0", "3 * deadlines.heartbeat_s = 6.0"]),
+        (["--deadlines.lease_s=5"], ["deadlines.lease_s = 5.0", "three times deadlines.heartbeat_s = 2.0"]),
+        (["--curriculum.pass_rate=[0.8, 0.2]"], ["curriculum.pass_rate = (0.8, 0.2)", "the least"]),
+        (["--learner.lr_end=0.1"], ["learner.lr_end = 0.1", "learner.lr = 0.001"]),
         (["--run.max_staleness=-1"], ["run.max_staleness = -1", ">= 0"]),
         (["--generator.top_p=0.9"], ["generator.top_p = 0.9", "[evaluation]"]),
         (["--generator.top_k=5"], ["generator.top_k = 5", "[evaluation]"]),
@@ -123,6 +125,10 @@ def test_a_mistake_is_one_line_that_names_field_and_value(minimal, overrides, wo
 def test_a_missing_field_is_named(tmp_path):
     path = write(tmp_path, "no_lr.toml", MINIMAL.replace("lr = 1e-3", ""))
     assert re.search(r"learner.*`?lr", message(path))
+
+
+def test_a_slot_without_a_name_is_left_to_who_binds_it(minimal):
+    assert load(minimal, ["--algorithm.advantage={}", "--run.group_size=1"]).algorithm.advantage == {}
 
 
 def test_two_domains_of_one_name(tmp_path):

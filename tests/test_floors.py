@@ -64,7 +64,16 @@ FLOORS = [
         "engine.algorithms",
         "engine.ops",
     },
-    {"engine.schema", "engine.wire", "engine.keys", "engine.config", "engine.schedule", "engine.process", "engine.hub"},
+    {
+        "engine.schema",
+        "engine.wire",
+        "engine.keys",
+        "engine.config",
+        "engine.schedule",
+        "engine.process",
+        "engine.origin",
+        "engine.rules",
+    },
     {"rewards"},
 ]
 
@@ -76,6 +85,7 @@ TORCH_FREE = {
     "engine.report",
     "engine.scores",
     "engine.config",
+    "engine.rules",
     "engine.schedule",
     "engine.stages",
     "engine.schema",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import head, policy
+from engine import head, parallel, policy
 from engine.config import Learner as LearnerConfig
 from engine.learner import Learner
 from engine.learner_loop import became
@@ -141,6 +141,8 @@ def step_on_rank(rank: int, directory: Path, cases: list[dict[str, Any]], num_ra
         learner = learning.learner(config, directory)
         metrics = learner.step(learning.take(config, learning.groups(case["groups"]), num_ranks))
         results.append((learning.parameters(learner), gradients(learner), metrics))
+        if num_ranks > 1 and (reference := learner._reference) is not None:  # nor is it whole between steps
+            assert all(parallel.shards(p) is not p for p in reference.parameters())
     return results
 
 
@@ -327,5 +329,7 @@ def test_schedule_rises_then_falls() -> None:
     assert learning_rate(config, 12, 12) == learning_rate(config, 99, 12) == pytest.approx(0.0)
     linear = LearnerConfig(tokens_per_micro_batch=1, lr=2.0, schedule="linear")
     assert [learning_rate(linear, n, 4) for n in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
+    ending = LearnerConfig(tokens_per_micro_batch=1, lr=2.0, schedule="linear", lr_end=1.0, warmup_steps=1)
+    assert [learning_rate(ending, n, 3) for n in (0, 1, 2, 3, 9)] == [2.0, 2.0, 1.5, 1.0, 1.0]
     constant = LearnerConfig(tokens_per_micro_batch=1, lr=2.0)
     assert learning_rate(constant, 7, 4) == 2.0

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fake_run
 import msgspec
@@ -215,6 +216,11 @@ class Dashboard:
         self.rows: list[dict[str, float]] = []
         self.axes: dict[str, str | None] = {}
         self.step, self.finish = 0, lambda: None
+        self.settings: dict[str, Any] = {}
+
+    def begin(self, **settings: Any) -> "Dashboard":
+        self.settings = settings
+        return self
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         self.axes[name] = step_metric
@@ -229,13 +235,14 @@ def test_an_evaluation_of_an_earlier_step_reaches_the_dashboard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board = Dashboard()
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: board))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=board.begin))
     log = recorder(tmp_path, tensorboard=False, wandb_project="mine")
     log.record({"kind": "step", "step": 3, "reward": 0.5})
     log.record({"kind": "evaluation", "step": 2, "accuracy/all": 0.25})
     log.close()
     assert board.rows == [{"step/reward": 0.5, "step": 3}, {"evaluation/accuracy/all": 0.25, "step": 2}]
     assert board.axes == {"step": None, "*": "step"}
+    assert board.settings["config"]["tracking"]["wandb_project"] == "mine"
 
 
 def test_missing_tracker_is_an_error_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

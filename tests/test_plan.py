@@ -67,10 +67,10 @@ def test_the_method_is_told_without_what_does_nothing() -> None:
 
 
 def test_what_is_drawn_sampled_and_how_fast_is_learned() -> None:
-    plan = rows("learner.schedule=cosine", "learner.warmup_steps=5", "generator.temperature=0.6")
+    plan = rows("learner.schedule=cosine", "learner.lr_end=1e-3", "learner.warmup_steps=5", "generator.temperature=0.6")
     assert plan["drawn"] == "all prompts; uniform groups are filtered"
     assert plan["answers"] == "at most 8 tokens, temperature 0.6"
-    assert plan["rate"] == "0.01, cosine after 5 updates of warm-up"
+    assert plan["rate"] == "0.01, cosine to 0.001 after 5 updates of warm-up"
     bounds = "curriculum.pass_rate=[0.0, 0.375]", "curriculum.columns={ difficulty = [0, 5] }"
     plan = rows(*bounds, "algorithm.filter_uniform=false", "generator.target_entropy=0.3")
     assert plan["drawn"] == "pass rate 0 to 0.375, difficulty 0 to 5; uniform groups stay"

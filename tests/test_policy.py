@@ -12,7 +12,9 @@ from torch import Tensor
 
 from engine.algorithms.method import Method, compose
 from engine.learner import Learner
+from engine.model import build
 from engine.packer import Update
+from engine.policy import Batch, Policy
 
 
 class Recorder:
@@ -68,6 +70,24 @@ def test_reference_stays_where_the_policy_started(tmp_path: Path) -> None:
     assert torch.equal(first.reference, start)
     assert torch.equal(second.reference, start)
     assert (moved - start).abs().max() > 1e-3
+
+
+def test_a_token_of_another_temperature_is_scaled_before_it_is_rounded() -> None:
+    """In bfloat16 1 / 0.9 is 1.1094, and logits of 20 would all be off by 0.03."""
+
+    class Keeping:
+        def score(self, hidden: Tensor, targets: Tensor) -> Any:
+            return hidden, None
+
+    config = learning.configure(dtype="float32")
+    model = build(config.model, vocab_size=learning.VOCAB, eos_id=1, pad_id=0, seed=3).to(torch.bfloat16)
+    batch = Batch.of(learning.take(config, learning.groups(4))[0].micro_batches[0][0], torch.device("cpu"))
+    policy = Policy(model, Keeping(), 1.0)  # type: ignore[arg-type]
+    with torch.no_grad():
+        plain = policy(batch)[0].double()
+        scaled = policy(replace(batch, temperature=torch.full_like(batch.temperature, 0.9)))[0].double()
+    factor = (scaled * plain).sum() / plain.square().sum()
+    assert factor.item() == pytest.approx(1 / 0.9, rel=3e-4)
 
 
 # ---- what the head is asked for ---------------------------------------------------------------------------------
