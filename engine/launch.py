@@ -232,8 +232,8 @@ def learner_rank(
     source = msgspec.structs.replace(config.model, path=str(run.model), init={}) if config.model.init else config.model
     policy = _build(config, source, tokenizer.load(source), empty=place.rank > 0)  # rank 0 gives the others theirs
     job = Job(config, run, place, stop, policy, begin)
-    limit_collectives(config.deadlines.collective_s)  # up to here the others wait for what rank 0 alone reads
     try:
+        limit_collectives(config.deadlines.collective_s)  # up to here the others wait for what rank 0 alone reads
         if store is not None and job.lead:
             store.set(JOIN_KEY, "" if config.placement.trusted else run.key.read_text())
             store.set(ADDRESS_KEY, job.rollouts.address)

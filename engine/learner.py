@@ -209,6 +209,14 @@ class Learner:
         difference, tokens = parallel.summed(total).tolist()
         return difference / tokens
 
+    def peak_memory(self) -> dict[str, float]:
+        """The most of this rank's GPU that tensors held at once since the last call; nothing without a GPU."""
+        if self._device.type != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return {"gpu_memory_gb": peak / 1e9}
+
     # ---- state -------------------------------------------------------------------------------------------------
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -141,7 +141,7 @@ class Job:
         if self.recorder is None or self.progress is None:
             return
         pace = self.pace.step(taken.state, waited_s, report["trained_tokens"])
-        record = {"kind": "step", "step": self.learner.version, **report, **pace}
+        record = {"kind": "step", "step": self.learner.version, **report, **pace, **self.learner.peak_memory()}
         self.recorder.record(record)
         self.progress.step(record)
         for evaluation in taken.state.completed_evaluations:

@@ -43,6 +43,7 @@ critic_grad_norm, critic_lr   -          gradient norm and learning rate of the 
 critic_skipped_updates        count      of its updates, because loss or gradient was not finite
 loss, grad_norm, lr           -          mean loss; largest gradient norm before clipping; learning rate
 skipped_updates               count      updates left out because loss or gradient was not finite
+gpu_memory_gb                 GB         the most that tensors held at once on the GPU of rank 0, where it has one
 num_tokens                    tokens     that the policy chose in valid completions: the normaliser of `token_mean`
 num_stale_tokens              tokens     of them masked because they were older than `run.max_staleness`
 trained_tokens                tokens     of them the others, which carried a gradient

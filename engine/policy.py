@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from engine.algorithms.method import Tokens
 from engine.attention import Layout
-from engine.config import Config
+from engine.config import Config, ConfigError
 from engine.head import Head
 from engine.model import hidden_states, lm_head
 from engine.packer import MicroBatch
@@ -120,8 +120,14 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Keeps only each block's input for backward and computes its inside twice; parameter names stay as they are."""
-    for block in blocks(model):
+    """Keeps only each block's input for backward and computes its inside twice; parameter names stay as they are.
+
+    Raises `ConfigError` for a model that does not say what its layers are.
+    """
+    repeated = blocks(model)
+    if not repeated:
+        raise ConfigError(f"learner.activation_checkpointing: {type(model).__name__} does not name its layers")
+    for block in repeated:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 

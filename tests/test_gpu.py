@@ -153,6 +153,7 @@ def test_the_learner_agrees_with_the_generator_and_trains(one_rank, tmp_path, mi
     before = {name: tensor.clone() for name, tensor in learner.weights()}
     report = learner.step(packed(groups))
     assert report["skipped_updates"] == 0 and np.isfinite(report["grad_norm"])
+    assert learner.peak_memory()["gpu_memory_gb"] > 0
     assert any(not torch.equal(before[name], tensor) for name, tensor in learner.weights())
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from engine import head, parallel, policy
+from engine.config import ConfigError
 from engine.config import Learner as LearnerConfig
 from engine.learner import Learner
 from engine.learner_loop import became
-from engine.model import lm_head
+from engine.model import build, lm_head
 from engine.optimizer import NonFinite, learning_rate
 from engine.packer import Update
 from engine.schema import Trained
@@ -123,6 +124,13 @@ def test_recomputed_activations_give_the_same_gradient(tmp_path: Path) -> None:
     assert learning.largest_difference(gradients(kept), gradients(recomputed)) < 1e-14
 
 
+def test_a_model_that_names_no_layers_cannot_recompute_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(learning.configure().model, vocab_size=learning.VOCAB, eos_id=1, pad_id=0, seed=3)
+    monkeypatch.setattr(model, "_no_split_modules", None)
+    with pytest.raises(ConfigError, match="activation_checkpointing: Qwen3ForCausalLM does not name its layers"):
+        policy.recompute_activations(model)
+
+
 def test_logits_in_pieces_give_the_same_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = stepped(tmp_path, "algorithm.entropy=0.1", "ops.backend='reference'")
     monkeypatch.setattr(head, "LOGITS_AT_ONCE", 3 * learning.VOCAB)
@@ -140,9 +148,9 @@ def step_on_rank(rank: int, directory: Path, cases: list[dict[str, Any]], num_ra
         config = learning.configure(*case["overrides"], **case["options"])
         learner = learning.learner(config, directory)
         metrics = learner.step(learning.take(config, learning.groups(case["groups"]), num_ranks))
-        results.append((learning.parameters(learner), gradients(learner), metrics))
-        if num_ranks > 1 and (reference := learner._reference) is not None:  # nor is it whole between steps
+        if num_ranks > 1 and (reference := learner._reference) is not None:  # it is whole during a forward only
             assert all(parallel.shards(p) is not p for p in reference.parameters())
+        results.append((learning.parameters(learner), gradients(learner), metrics))
     return results
 
 

@@ -11,7 +11,7 @@ the behaviour policy as proximal.
 import torch
 from torch import Tensor
 
-from engine.algorithms.ratios import bounded, ratio
+from engine.algorithms.ratios import ratio, sequence_ratio
 from engine.algorithms.segments import Segments
 from engine.algorithms.slots import FromOne, UpToOne
 
@@ -49,7 +49,8 @@ def sequence(
 
     The product is the completion's true importance weight; the geometric mean does not grow with its length.
     """
-    return completions.spread(_of_sequence(proximal, behaviour, completions, geometric).clamp(max=cap)).detach()
+    s = sequence_ratio(proximal, behaviour, completions, geometric=geometric)
+    return completions.spread(s.clamp(max=cap)).detach()
 
 
 def sequence_mask(
@@ -65,14 +66,8 @@ def sequence_mask(
 
     The aggregate still counts their tokens, so that the others do not become louder.
     """
-    s = _of_sequence(proximal, behaviour, completions, geometric)
+    s = sequence_ratio(proximal, behaviour, completions, geometric=geometric)
     return completions.spread(torch.where((s >= low) & (s <= high), s, 0.0)).detach()
-
-
-def _of_sequence(proximal: Tensor, behaviour: Tensor, completions: Segments, geometric: bool) -> Tensor:
-    """The product or the geometric mean [S] of rho over each completion's unmasked tokens."""
-    log_rho = proximal - behaviour
-    return bounded(completions.mean(log_rho) if geometric else completions.sum(log_rho)).exp()
 
 
 CORRECTIONS = {

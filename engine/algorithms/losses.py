@@ -9,7 +9,7 @@ ratio of 1.
 import torch
 from torch import Tensor
 
-from engine.algorithms.ratios import bounded, ratio
+from engine.algorithms.ratios import ratio, sequence_ratio
 from engine.algorithms.segments import Segments
 from engine.algorithms.slots import FromOne, NonNegative, Positive, UpToOne
 
@@ -136,7 +136,7 @@ def gspo(
 
     A completion is clipped as a whole. d s / d log pi_t = s / n for each of its n tokens. GSPO, arXiv:2507.18071.
     """
-    s = completions.spread(bounded(completions.mean(logprob - proximal)).exp())
+    s = completions.spread(sequence_ratio(logprob, proximal, completions, geometric=True))
     return _clip(s, advantage, low, high)
 
 
@@ -154,7 +154,7 @@ def gspo_token(
     s_t has the value of s, and phi' = -A s reaches only its own token. Where the advantage and the aggregate's weight
     are the same for all of a completion, so is the gradient of `gspo`. GSPO, arXiv:2507.18071.
     """
-    s = completions.spread(bounded(completions.mean(logprob - proximal)).exp())
+    s = completions.spread(sequence_ratio(logprob, proximal, completions, geometric=True))
     return _clip(s.detach() * (logprob - logprob.detach()).exp(), advantage, low, high)
 
 
