@@ -80,7 +80,7 @@ def test_a_token_of_another_temperature_is_scaled_before_it_is_rounded() -> None
             return hidden, None
 
     config = learning.configure(dtype="float32")
-    model = build(config.model, vocab_size=learning.VOCAB, eos_id=1, pad_id=0, seed=3).to(torch.bfloat16)
+    model = build(config.model, vocab_size=learning.VOCAB, eos_id=1, pad_id=0, seed=3).bfloat16()
     batch = Batch.of(learning.take(config, learning.groups(4))[0].micro_batches[0][0], torch.device("cpu"))
     policy = Policy(model, Keeping(), 1.0)  # type: ignore[arg-type]
     with torch.no_grad():
