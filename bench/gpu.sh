@@ -28,7 +28,9 @@ step flatten 30 python bench/flatten.py --device cuda
 step packing 20 python bench/packing.py --device cuda
 step gae 15 python bench/gae.py --device cuda
 step loop 90 python engine/launch.py configs/tiny.toml --run.directory="$OUT/tiny-cuda" --checkpoint.export=false
+step loop-ipc 45 python engine/launch.py configs/tiny.toml --weights.route=cuda_ipc --run.steps=5 \
+  --evaluation.before_after=false --run.directory="$OUT/tiny-ipc" --checkpoint.export=false
 cp "$OUT/tiny-cuda/summary.json" "$OUT/tiny-cuda.json" 2>/dev/null
-tar -C "$OUT" -czf "$OUT/gpu-logs.tar.gz" --remove-files $(cd "$OUT" && ls -d gpu-*.log tiny-cuda 2>/dev/null)
+tar -C "$OUT" -czf "$OUT/gpu-logs.tar.gz" --remove-files $(cd "$OUT" && ls -d gpu-*.log tiny-cuda tiny-ipc 2>/dev/null)
 tar -C "$OUT" -czf "$OUT/gpu-results.tar.gz" $(cd "$OUT" && ls ./*-cuda.json 2>/dev/null)
 exit $failed
