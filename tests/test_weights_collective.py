@@ -13,7 +13,6 @@ from threading import enumerate as enumerate_threads
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from jobs import SMALL
@@ -302,7 +301,7 @@ class Stuck(Gloo):
 
 
 def test_a_group_that_hangs_is_left_and_writes_into_no_version() -> None:
-    free, into = Event(), np.zeros(100_000, np.uint8)
+    free, into = Event(), torch.zeros(100_000, dtype=torch.uint8)
     begin = time.monotonic()
     with pytest.raises(TimeoutError):
         group.receive(lambda: Stuck(free), into, begin + 0.2)
