@@ -1,6 +1,7 @@
 # make install   .venv with everything, csrc/ compiled; quick when nothing changed
 # make run       the job of CONFIG
 # make test      the test suite
+# make thorough  the same, its long tests in full: every process killed in every phase, a thousand formulas
 # make multinode hosts of network namespaces, whose links are cut: minutes, as root
 # make sglang    .venv-sglang, in which SGLang serves: real generators on GPUs, on a CPU for tests
 # make lint      style and types
@@ -30,7 +31,7 @@ CUDA := $(shell command -v nvidia-smi)
 # Packages of the machine, an older torch among them, must not be seen from .venv.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: install sglang run test multinode lint clean
+.PHONY: install sglang run test thorough multinode lint clean
 
 install: .venv/installed
 
@@ -41,7 +42,10 @@ run: install
 
 test:
 	$(MAKE) -j2 install sglang
-	$(BIN)/python -m pytest -q --durations=25 --ignore=tests/test_multinode.py
+	$(BIN)/python -m pytest -q -n 2 --durations=25 --ignore=tests/test_multinode.py
+
+thorough:
+	LEEWAY_THOROUGH=1 $(MAKE) test
 
 multinode: install
 	$(BIN)/python -m pytest -q -m multinode

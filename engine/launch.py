@@ -12,9 +12,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # else engine/ itself, shadowing standard modules
     sys.path.append(os.getcwd())  # the user's own rewards and data
 
-import argparse
+from engine import command
+
+if __name__ == "__main__":
+    command.check(sys.argv[1:])  # here, for the imports below take seconds
+
 import shlex
-from typing import NoReturn
 
 import msgspec
 import torch
@@ -24,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from engine import checkpoint, keys, plan, stages, tokenizer, warm_start
 from engine.algorithms.method import compose
-from engine.config import Config, ConfigError, Model, load
+from engine.config import Config, ConfigError, Model
 from engine.generators.table import check_generator
 from engine.learner_loop import Job, Mismatch, learn
 from engine.metrics import check_tracking
@@ -47,38 +50,16 @@ RUN_KEY, CHECKPOINT_KEY, STAGE_KEY = "leeway/run", "leeway/checkpoint", "leeway/
 ADDRESS_KEY, JOIN_KEY, DONE_KEY = "leeway/address", "leeway/key", "leeway/done"
 
 
-class Parser(argparse.ArgumentParser):
-    """Its errors are mistakes like any other: one line, told by `main`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(
-        prog="launch.py",
-        usage="torchrun [its options] %(prog)s CONFIG [--table.key=value ...] [--resume RUN_DIR] [--dry-run]",
-        description="Asynchronous off-policy reinforcement learning.",
-        epilog="--run.seed=1, --domains.0.path=a.jsonl and the like override CONFIG; engine/config.py has every field.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file, configs/tiny.toml for instance")
-    parser.add_argument("--resume", metavar="RUN_DIR", help="continue a run from its last checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    return parser.parse_known_args(argv)
-
-
 def main(argv: list[str]) -> int:
-    lead = int(os.environ.get("RANK", 0)) == 0
+    lead = command.leads()
     try:
-        arguments, overrides = parse_arguments(argv)
-        config = load(arguments.config, overrides)
+        arguments, config = command.read(argv)
         place = seat(config)
         if lead:
             check(config, place, arguments.resume, dry_run=arguments.dry_run)
     except ConfigError as error:
         if lead:
-            tell(error)
+            command.tell(error)
         return 2
     if arguments.dry_run:
         return 0
@@ -91,20 +72,15 @@ def main(argv: list[str]) -> int:
         run(config, place, stop, arguments.resume)
         return 0
     except ConfigError as error:
-        tell(error)
+        command.tell(error)
         return 2
     except (ProcessDied, Silence, Hopeless, Mismatch, NonFinite, WeightsError, dist.DistError) as error:
-        tell(error)
+        command.tell(error)
         return 1
     except Stopped as error:
         if lead:
-            tell(error)
+            command.tell(error)
         return 130
-
-
-def tell(error: Exception | str) -> None:
-    """One line, whatever others put into it."""
-    print(f"leeway: {' '.join(str(error).splitlines())}", file=sys.stderr)
 
 
 def check(config: Config, place: Seat, resume: str | None, *, dry_run: bool) -> None:
@@ -140,7 +116,7 @@ def check_method(config: Config, tokens: PreTrainedTokenizerBase) -> Prompts:
     check_tracking(config)
     prompts = Prompts(config, tokens)
     for doubt in check_judgeable(config, rewards, prompts):
-        tell(doubt)
+        command.tell(doubt)
     return prompts
 
 

@@ -1,9 +1,10 @@
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -49,7 +50,38 @@ def refusal(root: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str
     return lambda *arguments, **options: refused(root, capsys, arguments, **options)
 
 
+# Where tests run side by side (-n 2), one process at a time starts jobs, which compute on all cores; SGLang is imported
+# once; and a file is never torn. Long ones come first.
+LANES = {
+    **dict.fromkeys(
+        ["test_chaos.py", "test_five_domains.py", "test_job.py", "test_recipes.py", "test_synchronous.py"], "jobs"
+    ),
+    **dict.fromkeys(["test_sglang.py", "test_sglang_head.py", "test_sglang_job.py", "test_sglang_kill.py"], "sglang"),
+    "test_driver.py": "driver",
+}
+
+
+def lane(nodeid: str) -> str:
+    file = nodeid.partition("::")[0].rpartition("/")[2]
+    return LANES.get(file, file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByLane(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return lane(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByLane(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = list(LANES.values())
+        items.sort(key=lambda item: order.index(lane(item.nodeid)) if lane(item.nodeid) in order else len(order))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return

@@ -326,16 +326,23 @@ def test_help_tells_of_overrides(capsys: pytest.CaptureFixture[str]) -> None:
 # ---- as a user sees it -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("argument", "start"), [("--run.stepps=3", "run.stepps = 3: unknown"), ("--domains.0.reward=x", "domains.0.reward")]
-)
-def test_in_a_process_of_its_own(tmp_path: Path, argument: str, start: str) -> None:
+def told(folder: Path, argument: str, *places: Path) -> str:
+    """The line of a launch in a process of its own, which imports from `places` first."""
     command = [sys.executable, str(TESTS.parent / "engine" / "launch.py"), str(SMALL), argument]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2
-    assert check(ended.stderr, tmp_path, []).startswith(start)
-    assert ended.stdout == ""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*places, TESTS)))}
+    before = sorted(folder.rglob("*"))
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and ended.stdout == ""
+    return check(ended.stderr, folder, before)
+
+
+def test_in_a_process_of_its_own(tmp_path: Path) -> None:
+    assert told(tmp_path, "--domains.0.reward=x").startswith("domains.0.reward")
+
+
+def test_a_slip_of_the_pen_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    assert told(tmp_path, "--run.stepps=3", tmp_path).startswith("run.stepps = 3: unknown")
 
 
 def test_dry_run_prints_the_plan_and_makes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -320,11 +320,10 @@ def interrupt(job: Job) -> None:
     job.is_gone(STOP_S)
 
 
-@pytest.mark.parametrize("ranks", [0, 1])
-def test_interrupted_job_leaves_nothing_behind_and_goes_on(tmp_path: Path, ranks: int) -> None:
-    run = tmp_path / f"stopped-{ranks}-{os.getpid()}"
+def interrupted(run: Path, ranks: int, steps: int) -> int:
+    """The step at which a job of `run`, begun or continued, was stopped after `steps` steps at least."""
     with Job(run, *ENDLESS, ranks=ranks) as job:
-        job.until(lambda: job.version >= 3, "step 3")
+        job.until(lambda: job.version >= steps, f"step {steps}")
         interrupt(job)
         assert job.wait() == (1 if ranks else 130)  # torchrun has its own code
         reached = job.version
@@ -332,6 +331,13 @@ def test_interrupted_job_leaves_nothing_behind_and_goes_on(tmp_path: Path, ranks
     assert "Traceback" not in job.printed() or ranks
     kept = checkpoint.latest(run)
     assert kept is not None and checkpoint.read(kept).step == reached
+    return reached
+
+
+def test_interrupted_job_leaves_nothing_behind_and_goes_on(tmp_path: Path) -> None:
+    """By itself, continued under torchrun, and then to its end."""
+    run = tmp_path / f"stopped-{os.getpid()}"
+    reached = interrupted(run, ranks=1, steps=interrupted(run, ranks=0, steps=3) + 1)
     with Job(run, *ENDLESS, f"--run.steps={reached + 1}") as again:
         assert again.succeed()["steps"] == reached + 1
     assert taken_versions(again.run) == list(range(reached + 1))

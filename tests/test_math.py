@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import closing
 
 import pytest
+from extent import THOROUGH
 
 from rewards.answer import after_thinking, announced, boxed, tagged
 from rewards.math import sane
@@ -259,7 +260,8 @@ def adversarial(count: int) -> list[str]:
     return [rng.choice(makers)() for _ in range(count)]
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1000 if THOROUGH else 120])
 def test_no_expression_hangs_or_goes_unanswered(count):
     """Each gets a verdict within its deadline, and none of them counts as right."""
     texts, found, started = adversarial(count), {}, time.monotonic()

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from extent import THOROUGH
 
 from engine import config as configs
 from engine.config import ConfigError
@@ -350,7 +351,8 @@ def children():
     return {pid for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()}
 
 
-@pytest.mark.parametrize("num_groups", [60, pytest.param(2500, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_groups", [2500 if THOROUGH else 600])
 def test_a_day_of_bad_completions_is_all_accounted_for(num_groups):
     found, growth = day(num_groups)
     verdicts = [(n, v) for key in range(num_groups) for n, v in enumerate(found[key], key * 8)]

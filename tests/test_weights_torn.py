@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_embedded import CONTEXT, lease, letters, make_model, recomputed, split
-from test_weights_kill import spawned
+from test_weights_kill import kept, spawned
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -230,6 +230,7 @@ def publish_until_death(pipe: Connection, state: str) -> None:
     for version in range(FATAL):
         publisher.publish(0, version, named_tensors(MODELS[version]))
     pipe.send(FATAL - 1)
+    pipe.recv()
     tensors = named_tensors(MODELS[FATAL])
     if state == "prepare":
         tensors = (die() for _ in range(1))  # type: ignore[assignment]
@@ -258,8 +259,10 @@ def test_a_publisher_dies(state: str) -> None:
     """Who samples goes on, and who joins starts, with the newest version that is whole."""
     receive, send = _pipe()
     newest = FATAL if state == "committed" else FATAL - 1
-    with spawned(publish_until_death, state) as (dying, pipe):
+    with ExitStack() as stack:
+        dying, pipe = stack.enter_context(spawned(publish_until_death, state))
         assert pipe.poll(TIMEOUT_S) and pipe.recv() == FATAL - 1
+        stack.enter_context(kept(NAME, pipe))
         dying.join(TIMEOUT_S)
         assert dying.exitcode == -signal.SIGKILL
         with closing(subscribe("shm", segment=NAME, host="", address="", timeout_s=1.0)) as reader:
