@@ -58,7 +58,9 @@ class Rollouts:
                 + (["--resume", snapshot] if snapshot else []),
                 run.logs / "coordinator.log",
             )
-            start_s = min(self._deadlines.start_s, self._deadlines.collective_s / 2)  # the other ranks go on
+            start_s = self._deadlines.start_s
+            if seat.num_learners > 1:
+                start_s = min(start_s, self._deadlines.collective_s / 2)  # the other ranks go on
             ready = self._receive(start_s, "start of the coordinator", Ready)
             self.address, self.incarnation = advertised(ready.address), ready.incarnation
 

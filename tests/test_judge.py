@@ -92,11 +92,11 @@ def test_a_request_that_is_refused_is_not_repeated():
 
 
 def test_no_wait_is_for_ever():
-    with ScriptedServer(lambda *_: "late", delay_s=1.0) as server:
+    with ScriptedServer(lambda *_: "late", delay_s=9.0) as server:
         started = time.monotonic()
         (late,) = ask("a", url=server.url, deadline_s=0.2)
         assert isinstance(late, EndpointError) and "no answer within 0.2 s" in str(late)
-        assert time.monotonic() - started < 0.9
+        assert time.monotonic() - started < 8.0
     (nobody,) = ask("a", url="http://127.0.0.1:9/v1", retries=1)
     assert isinstance(nobody, EndpointError) and "ConnectError" in str(nobody)
 
