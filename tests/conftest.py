@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+# A thread that spins until the next one is done takes seconds from a test where other processes want the same core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 if TYPE_CHECKING:
     from engine.weights import Publisher, Subscriber
 

@@ -146,15 +146,17 @@ class Witness:
         self.applied = -1
         self.sampled: list[Sampled] = []
 
-    def hear(self) -> None:
-        """All that it has said so far; also when it has died."""
+    def hear(self) -> bool:
+        """The next thing that it said, if there is one; also when it has died."""
         with suppress(EOFError, ConnectionResetError):
-            while self._pipe.poll(0.001):
+            if self._pipe.poll(0.001):
                 message = self._pipe.recv()
                 if isinstance(message, Applied):
                     self.applied = message.version
                 else:
                     self.sampled.append(message)
+                return True
+        return False
 
     def until(self, done: Callable[["Witness"], bool]) -> None:
         deadline = time.monotonic() + TIMEOUT_S
@@ -196,7 +198,8 @@ def test_a_generator_dies(state: str) -> None:
                 witness.until(lambda w, v=version: w.samples_with(v))
         dying.join(TIMEOUT_S)
         assert dying.exitcode == -signal.SIGKILL
-        doomed.hear()
+        while doomed.hear():
+            pass
         with spawned(generate, wants[2][0], "") as (_, late_pipe):
             late = Witness(late_pipe)
             for version in range(FATAL + 1, VERSIONS):
