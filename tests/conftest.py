@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ import pytest
 
 # A thread that spins until the next one is done takes seconds from a test where other processes want the same core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# One list for all: a process of tests has one fork server, of which the ranks are forks.
+multiprocessing.set_forkserver_preload(["engine.learner", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
 
 if TYPE_CHECKING:
     from engine.weights import Publisher, Subscriber

@@ -1,6 +1,5 @@
 """A tiny model, takes for it, and learners on any number of ranks: shared by the tests of learner and checkpoint."""
 
-import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +29,6 @@ MODELS = {
     "gpt_neox": {"initializer_range": 0.2},  # float64 throughout; the others' norms compute in float32
 }
 FIXED = torch.tensor([1.0, -1.0, 0.5, -0.5])  # advantages of a group's completions
-
-multiprocessing.set_forkserver_preload(["engine.learner", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
 
 
 def configure(*overrides: str, model: str = "qwen3", dtype: str = "float64", tied: bool = True) -> Config:

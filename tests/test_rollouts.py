@@ -80,7 +80,7 @@ def _on_rank(rank: int, folder: str) -> None:
 
 
 def test_a_wait_longer_than_a_collective_may_take_ends_no_rank(tmp_path: Path) -> None:
-    start_processes(_on_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    start_processes(_on_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     assert [Path(tmp_path, str(rank)).read_text() for rank in range(2)] == [repr(ANSWER.evaluation)] * 2
 
 

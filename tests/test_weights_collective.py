@@ -33,7 +33,6 @@ MIDDLE = 20  # pieces
 GATHER_S = 3.0  # long, so that on a busy machine none is late; it is waited for where one is gone
 
 _server = multiprocessing.get_context("forkserver")  # processes without this one's threads
-_server.set_forkserver_preload(["engine.weights"])
 
 
 def weights(version: int) -> list[tuple[str, torch.Tensor]]:
