@@ -17,7 +17,7 @@ from engine.run_directory import RunDirectory
 
 TESTS = Path(__file__).resolve().parent
 LAUNCH = TESTS.parent / "engine" / "launch.py"
-SMALL = TESTS / "small.toml"
+SMALL = TESTS / "job.toml"
 MARK = "LEEWAY_TEST_JOB"  # environment: every process of a job inherits it
 POLL_S = 0.05
 ROLES = {  # by the command line, the first that fits

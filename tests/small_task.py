@@ -1,4 +1,4 @@
-"""The domain of tests/small.toml: prompts without an end, and rewards that differ within almost every group."""
+"""The domains of tests/job.toml: prompts without an end, and rewards that differ within almost every group."""
 
 import time
 from typing import Any
@@ -6,6 +6,12 @@ from typing import Any
 
 def draw(seed: int, index: int) -> dict[str, str]:
     return {"prompt": f"{(seed + 7919 * index) % 100000:05d}=", "answer": str(index % 10)}
+
+
+def spell(seed: int, index: int) -> dict[str, str]:
+    number = seed + 7919 * index
+    word = "".join(chr(ord("a") + number // 26**place % 26) for place in range(4))
+    return {"prompt": f"{word}=", "answer": word[::-1]}
 
 
 def always(seed: int, index: int) -> dict[str, str]:
