@@ -20,6 +20,7 @@ LAUNCH = TESTS.parent / "engine" / "launch.py"
 SMALL = TESTS / "job.toml"
 MARK = "LEEWAY_TEST_JOB"  # environment: every process of a job inherits it
 POLL_S = 0.05
+LONGEST_S = 600.0  # a launch or a wait within one: seconds, but minutes where others compute on the same cores
 ROLES = {  # by the command line, the first that fits
     "torchrun": b"\0torch.distributed.run\0",
     "rank": b"engine/launch.py\0",
@@ -101,7 +102,7 @@ class Job:
 
     # ---- waits ----
 
-    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> Any:
+    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = LONGEST_S) -> Any:
         """What `condition` gives once that is true. Fails where the job ends before, or after `timeout_s`."""
         limit = time.monotonic() + timeout_s
         while not (value := condition()):
@@ -110,7 +111,7 @@ class Job:
             time.sleep(POLL_S)
         return value
 
-    def wait(self, timeout_s: float = 180.0) -> int:
+    def wait(self, timeout_s: float = LONGEST_S) -> int:
         """The exit code of the launch."""
         try:
             return self.process.wait(timeout_s)

@@ -93,7 +93,7 @@ LATEST_CALL = {  # the call that is hit is drawn from 1 to this
 DIAGONAL = {(PROCESSES[(2 - number) % len(PROCESSES)], phase) for number, phase in enumerate(PHASES)}
 CHAINS, STEPS = (3, 30) if THOROUGH else (1, 18)
 SEED = 0
-LAUNCH_S = 300.0  # the longest that one launch may take
+LAUNCH_S = 600.0  # the longest that one launch may take
 ORPHAN_S = 30.0  # after the launcher's end, until no process of the job is left
 CONFIG = f"""
 [run]
@@ -137,13 +137,13 @@ before_after = false
 tensorboard = false
 progress = false
 [deadlines]
-start_s = 90
+start_s = 300
 heartbeat_s = 0.5
 lease_s = 10
 group_s = 30
-take_s = 90
+take_s = 300
 publish_s = 30
-evaluate_s = 90
+evaluate_s = 300
 reward_s = 5
 """
 
