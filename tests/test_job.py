@@ -31,12 +31,12 @@ from engine.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 
-STOP_S = 25.0  # from Ctrl-C until no process is left: two seconds, but more where others compute on the same cores
+STOP_S = 60.0  # from Ctrl-C until no process is left: two seconds, but more where others compute on the same cores
 SILENT_S = 3.0  # deadlines.lease_s where processes die
 ENDLESS = (
     "--run.steps=1000000",
     "--evaluation.before_after=false",
-    "--deadlines.stop_s=20",
+    "--deadlines.stop_s=40",
     f"--deadlines.lease_s={SILENT_S}",
     "--domains.0.reward_options={ delay_s = 0.05 }",  # leaves the processor to those who come
 )
