@@ -28,7 +28,7 @@ from test_weights import (  # noqa: F401  (pytest runs them here too, with the f
     values,
 )
 from test_weights_kill import MANIFEST as MANY
-from test_weights_kill import NAME, constant, last, spawned, version_of
+from test_weights_kill import NAME, constant, kept, last, spawned, version_of
 
 from engine.blocks import Block, Host
 from engine.generators import guest
@@ -198,13 +198,14 @@ def test_a_writer_killed_leaves_a_whole_version_to_its_readers_and_an_error_to_o
             while time.monotonic() < kill_at:
                 with suppress(WeightsError):  # the writer, which never rests, may overtake every attempt
                     version_of(subscriber.stage(0, 0))
-            process.kill()
-            process.join(WAIT_S)
-            published = max(last(pipe), 0)
-            assert version_of(subscriber.stage(0, published)) in (published, published + 1)
-        with pytest.raises(WeightsError, match=f"cuda_ipc': /proc/{process.pid}/fd/.* is gone"):
-            DeviceSource(NAME, Host())
-    assert NAME in remove_stale()
+            with kept(NAME, process.kill):
+                process.join(WAIT_S)
+                published = max(last(pipe), 0)
+                assert version_of(subscriber.stage(0, published)) in (published, published + 1)
+                with pytest.raises(WeightsError, match=f"cuda_ipc': /proc/{process.pid}/fd/.* is gone"):
+                    DeviceSource(NAME, Host())
+    remove_stale()
+    assert not segment.exists(NAME)
 
 
 def test_a_reader_killed_leaves_nothing_behind() -> None:

@@ -51,11 +51,11 @@ def spawned(target: Callable[..., None], *args: Any) -> Iterator[tuple[BaseProce
 
 
 @contextmanager
-def kept(name: str, pipe: Connection) -> Iterator[None]:
-    """Has the segment's writer go on to its death, and keeps the segment from other publishers of this host, those of
+def kept(name: str, end: Callable[[], object]) -> Iterator[None]:
+    """After `end`, which ends the segment's writer: keeps the segment from other publishers of this host, those of
     other tests, which would remove it."""
     with open(segment._path(name)) as file:
-        pipe.send(None)
+        end()
         fcntl.flock(file, fcntl.LOCK_SH)  # when the writer is dead
         yield
 
@@ -143,7 +143,7 @@ def clean() -> Iterator[None]:
 def test_writer_dies_before_each_tensor(number: int) -> None:
     with spawned(publish_and_die, number) as (process, pipe):
         assert pipe.recv() == 2
-        with kept(NAME, pipe), closing(Subscriber(SharedSource(NAME))) as subscriber:
+        with kept(NAME, lambda: pipe.send(None)), closing(Subscriber(SharedSource(NAME))) as subscriber:
             process.join(10)
             assert process.exitcode == -signal.SIGKILL
             for asked in (1, 2):

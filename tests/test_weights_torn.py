@@ -265,7 +265,7 @@ def test_a_publisher_dies(state: str) -> None:
     with ExitStack() as stack:
         dying, pipe = stack.enter_context(spawned(publish_until_death, state))
         assert pipe.poll(TIMEOUT_S) and pipe.recv() == FATAL - 1
-        stack.enter_context(kept(NAME, pipe))
+        stack.enter_context(kept(NAME, lambda: pipe.send(None)))
         dying.join(TIMEOUT_S)
         assert dying.exitcode == -signal.SIGKILL
         with closing(subscribe("shm", segment=NAME, host="", address="", timeout_s=1.0)) as reader:
