@@ -182,7 +182,9 @@ def test_resume_on_two_ranks_goes_on_and_trains_nothing_twice(finished: Job, tmp
     first = json.loads(finished.run.summary.read_text())
     assert summary["accuracy_before"] == first["accuracy_before"]
     assert summary["trained_tokens"] == sum(record["trained_tokens"] for record in job.records("step"))
-    assert summary["generated_tokens"] > first["generated_tokens"] and summary["wall_s"] > first["wall_s"] / 2
+    assert summary["generated_tokens"] > first["generated_tokens"]
+    begun, done = job.records("parity"), job.records("step")  # of both launches
+    assert summary["wall_s"] > sum(done[last]["time"] - begun[n]["time"] for n, last in enumerate((3, 5)))
     assert taken_versions(job.run) == [0, 1, 2, 3, 4, 5]
     assert query(job.run, "SELECT group_ids FROM takes ORDER BY version")[:4] == before
     assert sound(job.run)["trained"] == 24
