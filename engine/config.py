@@ -160,11 +160,13 @@ class Learner(Optimizer, kw_only=True):
     tokens_per_micro_batch: Count
     share_prefix: bool = True  # compute each group's prompt once
     updates_per_step: Count = 1  # optimiser updates a take
-    mixed_precision: bool = False  # bfloat16 compute on CUDA
+    mixed_precision: bool = False  # bfloat16 compute on CUDA, and of several learners
     activation_checkpointing: bool = False
     max_bad_updates: Count = 3  # non-finite updates in a row that end the job
     threads: Natural = 0
-    parity_bound: Positive = 1e-3  # largest mean |log-probability difference| between generator and learner at start
+    # largest mean |log-probability difference| between generator and learner at start; 0: 1e-3, or 0.05 where one of
+    # them computes in bfloat16
+    parity_bound: Unsigned = 0.0
 
 
 class Critic(Optimizer, kw_only=True):

@@ -30,6 +30,8 @@ from engine.scores import Shape, left_out, scheduled_shape
 from engine.summary import records, summarise
 from engine.weights import Publisher, Slots
 
+PARITY = {False: 1e-3, True: 0.05}  # bounds of `check_parity`; True: generator or learner compute in bfloat16
+
 
 class Mismatch(RuntimeError):
     """Generator and learner compute different log-probabilities under the same weights."""
@@ -191,7 +193,9 @@ class Job:
         if all(verdict.error for verdict in verdicts):
             reward = f"domains.{groups[0].domain}.reward"
             raise ConfigError(f"{reward}: failed on each of {len(verdicts)} completions: {verdicts[0].error}")
-        difference, bound = self.learner.mismatch(groups), self.config.learner.parity_bound
+        config = self.config
+        narrow = config.learner.mixed_precision or config.generator.dtype == "bfloat16"
+        difference, bound = self.learner.mismatch(groups), config.learner.parity_bound or PARITY[narrow]
         if not difference <= bound:
             raise Mismatch(
                 f"learner.parity_bound = {bound}: generator and learner differ by {difference:.3g} on average in the "

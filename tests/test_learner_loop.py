@@ -9,11 +9,14 @@ import pytest
 from msgspec import structs
 
 from engine import learner_loop, metrics
+from engine.config import load
 from engine.learner_loop import Job, learn
 from engine.process import Stopped
 from engine.run_directory import RunDirectory
 from engine.schema import Evaluation, State, Taken
+from rewards.verdict import Verdict
 
+TINY = Path(__file__).parents[1] / "configs" / "tiny.toml"
 EVALUATION = Evaluation("step 1", 1, 1, 0.5, {})
 STATE = State({}, 0, 0, {}, 0, 0.0, 0.0, [EVALUATION])
 
@@ -126,6 +129,33 @@ def test_a_job_that_fails_at_its_start_closes_what_it_opened(monkeypatch: pytest
     with pytest.raises(ConnectionError):
         Job(fake_run.config(), run, seat, Stop(), None, None)  # type: ignore[arg-type]
     assert Closing.order == ["started", "Progress", "asked", "stopped", "Rollouts", "Publisher"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bound"),
+    [
+        ([], 1e-3),
+        (["--generator.dtype=bfloat16"], 0.05),
+        (["--learner.mixed_precision=true"], 0.05),
+        (["--generator.dtype=bfloat16", "--learner.parity_bound=1e-4"], 1e-4),
+    ],
+)
+def test_parity_is_as_close_as_the_numbers_are_wide(overrides: list[str], bound: float) -> None:
+    for difference in (0.9 * bound, 1.1 * bound):
+        told: list[dict[str, Any]] = []
+        job = SimpleNamespace(
+            phase=lambda name: None,
+            rollouts=SimpleNamespace(probe=lambda: [SimpleNamespace(verdicts=[Verdict.of(1.0)])]),
+            learner=SimpleNamespace(version=0, mismatch=lambda groups, difference=difference: difference),
+            recorder=SimpleNamespace(record=told.append),
+            config=load(TINY, overrides),
+        )
+        if difference < bound:
+            Job.check_parity(job)  # type: ignore[arg-type]
+            assert told[0]["mismatch"] == difference
+        else:
+            with pytest.raises(learner_loop.Mismatch, match=f"parity_bound = {bound}: .* differ by {difference:.3g}"):
+                Job.check_parity(job)  # type: ignore[arg-type]
 
 
 def test_a_stopped_run_is_saved() -> None:
