@@ -66,8 +66,8 @@ class Patient:
     def fileno(self) -> int:
         return -1
 
-    def memory(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8)
+    def memory(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def load(self, version: int, weights: Mapping[str, torch.Tensor]) -> None:
         self.version = version
