@@ -91,44 +91,54 @@ std::pair<Order, Order> orders(std::span<const int64_t> cost, std::span<const do
   return {by_cost, by_work};
 }
 
-// A number for each bin, and a tournament among them.
+// A number for each bin, and a tournament among them, four to a round.
 template <typename T>
 class Tournament {
  public:
   static constexpr T kOut = std::numeric_limits<T>::lowest();
 
-  explicit Tournament(const std::vector<T>& values)
-      : size_(std::bit_ceil(std::max<size_t>(values.size(), 1))), greatest_(2 * size_, kOut) {
-    std::copy(values.begin(), values.end(), greatest_.begin() + size_);
-    for (size_t node = size_ - 1; node > 0; --node) {
-      greatest_[node] = std::max(greatest_[2 * node], greatest_[2 * node + 1]);
-    }
+  explicit Tournament(const std::vector<T>& values) {
+    size_t num_leaves = 1;
+    for (; num_leaves < values.size(); num_leaves *= 4) leaves_at_ += num_leaves;
+    greatest_.assign(leaves_at_ + num_leaves, kOut);
+    std::copy(values.begin(), values.end(), greatest_.begin() + leaves_at_);
+    for (size_t node = leaves_at_; node-- > 0;) greatest_[node] = greatest_of_children(node);
   }
 
-  T greatest() const { return greatest_[1]; }
+  T greatest() const { return greatest_[0]; }
   int32_t winner() const { return first(greatest()); }
-  T operator[](int32_t bin) const { return greatest_[size_ + bin]; }
+  T operator[](int32_t bin) const { return greatest_[leaves_at_ + bin]; }
 
   // The first bin of at least `least`; there must be one.
   int32_t first(T least) const {
-    size_t node = 1;
-    while (node < size_) node = 2 * node + (greatest_[2 * node] < least);
-    return static_cast<int32_t>(node - size_);
+    size_t node = 0;
+    while (node < leaves_at_) {
+      const T* child = &greatest_[4 * node + 1];
+      const bool second = child[0] < least, third = second & (child[1] < least), fourth = third & (child[2] < least);
+      node = 4 * node + 1 + second + third + fourth;
+    }
+    return static_cast<int32_t>(node - leaves_at_);
   }
 
   void set(int32_t bin, T value) {
-    size_t node = size_ + bin;
+    size_t node = leaves_at_ + bin;
     greatest_[node] = value;
-    for (; node > 1; node /= 2) {
-      value = std::max(value, greatest_[node ^ 1]);
-      if (greatest_[node / 2] == value) return;
-      greatest_[node / 2] = value;
+    while (node > 0) {
+      node = (node - 1) / 4;
+      value = greatest_of_children(node);
+      if (greatest_[node] == value) return;
+      greatest_[node] = value;
     }
   }
 
  private:
-  size_t size_;
-  std::vector<T> greatest_;  // of each node's subtree; the leaves are the last half
+  T greatest_of_children(size_t node) const {
+    const T* child = &greatest_[4 * node + 1];
+    return std::max(std::max(child[0], child[1]), std::max(child[2], child[3]));
+  }
+
+  size_t leaves_at_ = 0;
+  std::vector<T> greatest_;  // of each node's subtree: the root's, then level by level
 };
 
 // First fit opens no more: all but one of its bins are filled by half at least.
