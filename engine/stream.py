@@ -19,7 +19,7 @@ from engine.keys import JoinKey, Lock
 from engine.schema import SCHEMA_VERSION, TapRecord
 from engine.wire import decode, encode
 
-MOST_AT_ONCE = 64  # messages
+MOST_AT_ONCE = 32  # messages, of a third of a millisecond each where they are large and encrypted
 LAST_WORDS_MS = 100  # in which what a process said before its end still arrives
 
 
