@@ -364,7 +364,7 @@ def parse(table: dict[str, Any]) -> Config:
     except Misfit as error:
         raise ConfigError(str(error)) from error
     config = resolved(config)
-    for fault in faults(config):
+    if fault := next(faults(config), ""):
         raise ConfigError(fault)
     return config
 

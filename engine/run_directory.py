@@ -150,12 +150,11 @@ def check_creatable(config: Config) -> None:
     path = Path(config.run.directory or config.run.root).absolute()
     if config.run.directory and path.exists():
         raise _exists(config)
-    check_writable(field, config.run.directory or config.run.root)
+    _check_writable(field, config.run.directory or config.run.root)
     check_filesystem(path)
 
 
-def check_writable(field: str, directory: str) -> None:
-    """Raises `ConfigError` where nothing can be made in `directory`, or where that could be."""
+def _check_writable(field: str, directory: str) -> None:
     path = Path(directory).absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -167,7 +166,7 @@ def check_paths(config: Config) -> None:
     needed = {"warm_start.cache": config.warm_start.cache if config.warm_start.steps else ""}
     for field, directory in (needed | {"weights.directory": config.weights.directory}).items():
         if directory:
-            check_writable(field, directory)
+            _check_writable(field, directory)
     for number, path in enumerate(config.curriculum.rates):
         if not Path(path).is_file():
             raise ConfigError(f"curriculum.rates.{number} = {path!r}: no such file")
@@ -189,19 +188,19 @@ def check_port(config: Config) -> None:
 
 
 def check_is_run(run: RunDirectory) -> None:
-    """Raises `ConfigError` where there is no configuration, and names the runs below, if there are any."""
-    if run.config.exists():
-        return
-    below = sorted(config.parent.name for config in run.path.glob("*/config.toml"))
-    near = f"; in it are {', '.join(below[-5:])}" if below else ""
-    raise ConfigError(f"--resume = {run.path}: no run directory (it has no config.toml){near}")
+    """Raises `ConfigError` where there is no configuration, and names the runs below, if there are any; and where it
+    can only be read."""
+    if not run.config.exists():
+        below = sorted(config.parent.name for config in run.path.glob("*/config.toml"))
+        near = f"; in it are {', '.join(below[-5:])}" if below else ""
+        raise ConfigError(f"--resume = {run.path}: no run directory (it has no config.toml){near}")
+    _check_writable("--resume", str(run.path))
 
 
 def check_resumable(path: Path, config: Config) -> None:
     """Raises `ConfigError` where `path` is no run, or where `config` differs from it in what is `PINNED`."""
     run = RunDirectory(path)
     check_is_run(run)
-    check_writable("--resume", str(path))
     old, new = msgspec.to_builtins(load(run.config)), msgspec.to_builtins(config)
     if old["stages"]:
         raise ConfigError(f"--resume = {path}: a job of stages, and this file has none")

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from engine.config import Config, ConfigError, load, merge, parse, to_toml
-from engine.run_directory import RunDirectory, check_is_run, check_writable, new_directory
+from engine.run_directory import RunDirectory, check_is_run, new_directory
 
 
 def configs(config: Config, root: Path = Path()) -> list[Config]:
@@ -63,7 +63,6 @@ def check_resumable(path: Path, config: Config) -> None:
     """Raises `ConfigError` where `path` is no job of stages, or one whose begun stages have other names."""
     run = RunDirectory(path)
     check_is_run(run)
-    check_writable("--resume", str(path))
     if not load(run.config).stages:
         raise ConfigError(f"--resume = {path}: a run without stages; name the directory of the whole job")
     names = [folder.name for folder in directories(config, path)]
