@@ -17,7 +17,7 @@ from engine.config import ConfigError
 from engine.ops import buckets
 from engine.weights import Manifest, Publisher, Server, Subscriber, WeightsError, host_id, segment, subscribe
 from engine.weights.segment import Header, Overwritten, Part, Segment, as_hex
-from engine.weights.subscribe import ATTEMPTS, SharedSource
+from engine.weights.subscribe import ATTEMPTS, SharedSource, Source
 from engine.weights.tcp import Describe, Read, TcpSource
 
 Tensors = list[tuple[str, torch.Tensor]]
@@ -195,15 +195,20 @@ def test_a_copy_overwritten_meanwhile_is_made_again(
     assert (staged.version, values(staged.tensors), source.num_reads) == (3, {3.0}, 2)
 
 
-def test_an_overwrite_ends_the_read_at_its_next_piece(publisher: Publisher) -> None:
+def is_ended_by_an_overwrite(publisher: Publisher, source: Source) -> None:
+    """A read stops at the next piece."""
     publisher.publish(0, 1, tensors(1))
-    with closing(SharedSource(publisher.name)) as reader:
-        landed = reader.read(reader.headers()[0], "payload", torch.empty(MANIFEST.num_bytes, dtype=torch.uint8))
+    with closing(source):
+        landed = source.read(source.headers()[0], "payload", torch.empty(MANIFEST.num_bytes, dtype=torch.uint8))
         next(landed)
         for version in (2, 3):
             publisher.publish(0, version, tensors(version))
         with pytest.raises(Overwritten):
             next(landed)
+
+
+def test_an_overwrite_ends_the_read_at_its_next_piece(publisher: Publisher) -> None:
+    is_ended_by_an_overwrite(publisher, SharedSource(publisher.name))
 
 
 def test_a_reader_that_is_always_overtaken_gives_up(

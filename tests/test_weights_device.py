@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_weights import (  # noqa: F401  (pytest runs them here too, with the fixtures of this file)
     MANIFEST,
+    is_ended_by_an_overwrite,
     name,
     tensors,
     test_a_copy_overwritten_meanwhile_is_made_again,
@@ -46,7 +47,7 @@ from engine.weights import (
     subscribe,
 )
 from engine.weights.device import DeviceSource
-from engine.weights.segment import Overwritten, Segment, as_hex
+from engine.weights.segment import Segment, as_hex
 
 WAIT_S = 20.0
 SHAPES = {entry.name: entry.shape for entry in MANIFEST.entries}
@@ -107,14 +108,7 @@ def test_a_publisher_that_closes_takes_its_versions_back(name: str) -> None:  # 
 
 
 def test_an_overwrite_ends_the_read_at_its_next_chunk(publisher: Publisher) -> None:
-    publisher.publish(0, 1, tensors(1))
-    with closing(DeviceSource(publisher.name, Host())) as reader:
-        landed = reader.read(reader.headers()[0], "payload", torch.empty(MANIFEST.num_bytes, dtype=torch.uint8))
-        next(landed)
-        for version in (2, 3):
-            publisher.publish(0, version, tensors(version))
-        with pytest.raises(Overwritten):
-            next(landed)
+    is_ended_by_an_overwrite(publisher, DeviceSource(publisher.name, Host()))
 
 
 def test_a_server_copies_from_the_block_of_its_generator_and_lets_an_earlier_ones_go(
